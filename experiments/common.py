@@ -1,0 +1,83 @@
+"""What every experiment script shares: user errors as sentences, and benchmarks that end in one JSON line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from absl import app
+
+from pointillist_jax.files import UserError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses absl flags and runs `main()`. Errors the user can mend become one sentence and exit code 2."""
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            if len(argv) > 1:
+                raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value (see --help).")
+            main()
+        except (UserError, FileNotFoundError, FileExistsError, PermissionError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    app.run(guarded)
+
+
+def json_line(name: str, figures: Mapping[str, Any]) -> None:
+    """Prints a benchmark's last line: its figures with the versions and the machine they were measured on."""
+    import jax
+
+    packages = ("jax", "jaxlib", "flax", "numpy", "torch", "gsplat", "body-models")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    device = jax.devices()[0]
+    machine = {
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "cpu": _cpu_name(),
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "platform": device.platform,
+    }
+    print(json.dumps({"bench": name, **figures, "versions": versions, "machine": machine}), flush=True)
+
+
+def alternate(cases: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, float]:
+    """Times the cases in turn, A B C A B C …, so that a noisy moment of the machine hits all of them alike.
+
+    Each case must finish its work before it returns (`jax.block_until_ready`).
+
+    Returns:
+      Case name → median seconds over `repeats` runs.
+    """
+    for case in cases.values():
+        for _ in range(warmup):
+            case()
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(repeats):
+        for name, case in cases.items():
+            start = time.perf_counter()
+            case()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,193 @@
+"""What every reader and writer of files shares: errors that are sentences, atomic writes, checked `.npz` reading.
+
+Files from outside are untrusted (DESIGN §13): nothing in them is executed, sizes are checked before memory is
+allocated, and truncated, oversized or non-finite data are refused by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+# No array this project reads from an .npz is larger; a header that claims more is damaged or hostile.
+MAX_ARRAY_BYTES = 8 << 30
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message is one sentence: what, where, what was expected, how to fix it."""
+
+
+class FileFormatError(UserError):
+    """A file that is damaged, truncated, of another format, or whose contents are out of range."""
+
+
+class UnsafeFileError(FileFormatError):
+    """A file that asks for code to be run. Nothing of it was executed."""
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path beside `path` that is renamed to `path` when the block ends without an exception.
+
+    A kill at any moment leaves either the old file or the new one under the final name, never half of one. The
+    temporary name keeps the final suffix, because image and video writers choose their format by it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.tmp-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes 0600 files; outputs follow the user's umask instead.
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def require_file(path: str | os.PathLike, what: str) -> Path:
+    """Returns `path` as a Path, or raises FileNotFoundError with a sentence that says what was looked for."""
+    path = Path(path)
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {kind}; expected {what}: check the path.")
+    return path
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """Hex sha256 of a file's bytes, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """What one array of a file has to be.
+
+    Attributes:
+      shape: one entry per axis: an int (exactly), a letter (any length, the same for every array of the file that
+        uses the letter) or None (any length).
+      kind: "float" (any real float), "int" (any integer) or "str".
+      optional: the array may be absent.
+      low, high: inclusive bounds of the values, checked when given. Floats have to be finite in any case.
+    """
+
+    shape: tuple[int | str | None, ...]
+    kind: str = "float"
+    optional: bool = False
+    low: float | None = None
+    high: float | None = None
+
+
+_KINDS = {"float": "f", "int": "iu", "str": "U"}
+
+
+def check_array(source: str, key: str, array: np.ndarray, spec: ArraySpec, letters: dict[str, int]) -> None:
+    """Raises FileFormatError, naming file and key, unless `array` is what `spec` says. `letters` binds axis names."""
+    check_header(source, key, array.shape, array.dtype, spec, letters)
+    if spec.kind == "float" and not np.isfinite(array).all():
+        bad = int((~np.isfinite(array)).sum())
+        raise FileFormatError(f"{source}: {key} holds {bad} NaN or infinite values; write the file again without them.")
+    if array.size and spec.kind != "str":
+        low, high = array.min(), array.max()
+        if (spec.low is not None and low < spec.low) or (spec.high is not None and high > spec.high):
+            raise FileFormatError(
+                f"{source}: {key} has values in [{low}, {high}], expected [{spec.low}, {spec.high}]; "
+                "the file is damaged or belongs to another model."
+            )
+
+
+def check_header(source: str, key: str, shape, dtype: np.dtype, spec: ArraySpec, letters: dict[str, int]) -> None:
+    """The part of `check_array` that needs no data, so it can run before anything is allocated."""
+    if dtype.kind not in _KINDS[spec.kind]:
+        raise FileFormatError(f"{source}: {key} has dtype {dtype}, expected {spec.kind}; convert it and save again.")
+    expected = tuple(letters.get(n, n) if isinstance(n, str) else n for n in spec.shape)
+    fits = len(shape) == len(expected) and all(
+        not isinstance(want, int) or have == want for have, want in zip(shape, expected, strict=True)
+    )
+    if not fits:
+        want = ", ".join("any" if n is None else str(n) for n in expected)
+        raise FileFormatError(
+            f"{source}: {key} has shape {tuple(shape)}, expected ({want}); the file is damaged or of another layout."
+        )
+    if math.prod(shape) * dtype.itemsize > MAX_ARRAY_BYTES:
+        raise FileFormatError(f"{source}: {key} claims {tuple(shape)} values, more than this program ever reads.")
+    letters.update({n: have for n, have in zip(spec.shape, shape, strict=True) if isinstance(n, str)})
+
+
+def read_npz(path: str | os.PathLike, specs: Mapping[str, ArraySpec], what: str) -> dict[str, np.ndarray]:
+    """Reads the arrays named in `specs` from an untrusted `.npz`; other members are left unread.
+
+    Headers are checked before any array is allocated, nothing is unpickled, floats have to be finite.
+
+    Args:
+      path: the file.
+      specs: key → ArraySpec. Letters in shapes bind in the order of the mapping.
+      what: for messages, e.g. "a FLAME parameter file".
+
+    Raises:
+      FileNotFoundError: no such file.
+      FileFormatError: names file, key, expected and found.
+    """
+    path = require_file(path, what)
+    arrays: dict[str, np.ndarray] = {}
+    letters: dict[str, int] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {Path(i.filename).stem: i for i in archive.infolist() if i.filename.endswith(".npy")}
+            for key, spec in specs.items():
+                if key not in members:
+                    if spec.optional:
+                        continue
+                    found = ", ".join(sorted(members)[:12]) or "no arrays"
+                    raise FileFormatError(f"{path}: {key} is missing (found: {found}); is this {what}?")
+                arrays[key] = _read_member(archive, members[key], str(path), key, spec, letters)
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        raise FileFormatError(f"{path} cannot be read as .npz ({error}); copy or write it again.") from None
+    return arrays
+
+
+def _read_member(archive, info: zipfile.ZipInfo, source: str, key: str, spec: ArraySpec, letters) -> np.ndarray:
+    with archive.open(info) as member:
+        try:
+            version = np.lib.format.read_magic(member)
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            shape, fortran, dtype = read_header(member)
+        except ValueError as error:
+            raise FileFormatError(f"{source}: {key} has a damaged header ({error}); write the file again.") from None
+        check_header(source, key, shape, dtype, spec, letters)
+        size = math.prod(shape) * dtype.itemsize
+        if info.file_size < size:
+            raise FileFormatError(
+                f"{source}: {key} is truncated ({info.file_size} bytes for {tuple(shape)} {dtype}); copy it again."
+            )
+        data = member.read(size)
+    if len(data) != size:
+        raise FileFormatError(f"{source}: {key} is truncated ({len(data)} of {size} bytes); copy it again.")
+    array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+    check_array(source, key, array, spec, letters)
+    return array
+
+
+def write_npz(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a compressed `.npz` atomically, byte for byte the same for the same arrays (fixed member times)."""
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for key, value in arrays.items():
+            info = zipfile.ZipInfo(f"{key}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            info.compress_type = zipfile.ZIP_DEFLATED
+            info.external_attr = 0o644 << 16
+            with archive.open(info, "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.ascontiguousarray(value), allow_pickle=False)
