@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +56,43 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """As `atomic_path` for a folder: yields an empty temporary folder that takes the place of `path` at the end."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.tmp-") as holder:
+        new, old = Path(holder) / "new", Path(holder) / "old"
+        new.mkdir()
+        yield new
+        if path.exists():
+            os.replace(path, old)
+        os.replace(new, path)
+
+
+def read_json(path: str | os.PathLike, what: str, max_bytes: int = 256 << 20) -> dict[str, Any]:
+    """Reads an untrusted JSON object.
+
+    Raises:
+      FileNotFoundError: no such file.
+      FileFormatError: too large, not JSON, not an object; NaN and Infinity, which are not JSON, are refused too.
+    """
+    path = require_file(path, what)
+    if path.stat().st_size > max_bytes:
+        raise FileFormatError(f"{path} is larger than {max_bytes >> 20} MiB, too much for {what}; check the path.")
+
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is not a JSON number")
+
+    try:
+        content = json.loads(path.read_bytes(), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path} is not valid JSON ({error}); write it again.") from None
+    if not isinstance(content, dict):
+        raise FileFormatError(f"{path} holds a JSON {type(content).__name__}, expected an object: is this {what}?")
+    return content
 
 
 def require_file(path: str | os.PathLike, what: str) -> Path:

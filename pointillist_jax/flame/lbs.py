@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pointillist_jax.files import UserError
+from pointillist_jax.flame.rotations import rodrigues
 
 if TYPE_CHECKING:
     from pointillist_jax.flame.model import FlameModel, FlameParams
@@ -32,25 +33,6 @@ class Deformation(NamedTuple):
     shaped: Float[Array, "*b V 3"]
     rotation: Float[Array, "*b J 3 3"]
     shift: Float[Array, "*b J 3"]
-
-
-def rodrigues(axis_angle: Float[Array, "*b 3"]) -> Float[Array, "*b 3 3"]:
-    """Rotation matrices of axis-angle vectors (radians); value and gradient are exact and finite at zero."""
-    t = jnp.sum(axis_angle * axis_angle, axis=-1)
-    small = t < 1e-3
-    # Two `where`s: the unused branch must stay finite too, or its NaN would reach the gradient.
-    angle = jnp.sqrt(jnp.where(small, 1.0, t))
-    half = 0.5 * angle
-    # R = I + a K + b K²; 1 - cos θ = 2 sin²(θ/2) keeps b accurate in float32. Series to t³: < 1e-17 at t = 1e-3.
-    a = jnp.where(small, 1 - t / 6 * (1 - t / 20 * (1 - t / 42)), jnp.sin(angle) / angle)
-    b = jnp.where(small, 0.5 - t / 24 * (1 - t / 30 * (1 - t / 56)), 2 * (jnp.sin(half) / angle) ** 2)
-    x, y, z = jnp.moveaxis(axis_angle, -1, 0)
-    rows = [
-        [1 - b * (y * y + z * z), b * x * y - a * z, b * x * z + a * y],
-        [b * x * y + a * z, 1 - b * (x * x + z * z), b * y * z - a * x],
-        [b * x * z - a * y, b * y * z + a * x, 1 - b * (x * x + y * y)],
-    ]
-    return jnp.stack([jnp.stack(row, axis=-1) for row in rows], axis=-2)
 
 
 def flame_vertices(model: FlameModel, params: FlameParams) -> Float[Array, "*b V 3"]:

@@ -1,6 +1,6 @@
 """Head models in FLAME's layout: the pytrees, their files, and the free default (DESIGN §3).
 
-Letters: V vertices, F faces, J = 5 joints (root, neck, jaw, left eye, right eye), S shape and E expression coefficients.
+Letters: V vertices, F faces, J = 5 joints (root, neck, jaw, left eye, right eye), S shape, E expression coefficients.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 FLAME's releases are pickles, and a pickle can call any function. Here every name a pickle refers to is mapped to a
 small data class of this file, so nothing of numpy, scipy, chumpy or the standard library is ever called by the
 stream; the classes only record what they are given and are turned into plain NumPy arrays after the load. Anything
-else raises `UnsafeFileError`. Old files need `latin1` strings and stand-ins for chumpy (facts/avatars_gsplat.md A.1, F).
+else raises `UnsafeFileError`. Old files need `latin1` strings and stand-ins for chumpy (facts/avatars_gsplat.md F).
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class _Unpickler(pickle.Unpickler):
             and re.fullmatch(r"(csc|csr|coo)_(matrix|array)", name)
         ):
             return _SPARSE[name[:3]]
-        if root == "chumpy" and name in _CHUMPY:
-            return _CHUMPY[name]
+        if root == "chumpy":
+            return _Select if name == "Select" else _Chumpy
         raise UnsafeFileError(
             f"{self._source} refers to {module}.{name}, which a FLAME model file never needs; "
             "nothing was executed: do not use this file, download FLAME from its own site."
@@ -139,6 +139,13 @@ def _encode(text: str, _encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+def _bytes(*args: Any) -> bytes:
+    # Protocols below 3 write empty bytes as `bytes()`, those below 5 write bytearrays as a call with text and encoding.
+    if args and not isinstance(args[0], (str, bytes)):
+        raise ValueError("bytes made from something that is not text")
+    return b"" if not args else args[0] if isinstance(args[0], bytes) else args[0].encode("latin1")
+
+
 def _reconstructor(cls: Any, _base: Any = None, _state: Any = None) -> Any:
     if cls not in (_Chumpy, _Select, *_SPARSE.values()):
         raise ValueError("object of unexpected class")
@@ -163,12 +170,12 @@ class _Stateful:
 
     def get(self, key: str, depth: int) -> Any:
         if key not in self.state:
-            raise ValueError(f"{type(self).__name__.strip('_').lower()} matrix without {key}")
+            raise ValueError(f"{type(self).__name__.strip('_').lower()} object without {key}")
         return _plain(self.state[key], depth)
 
 
 class _Chumpy(_Stateful):
-    """`chumpy.ch.Ch`: its value lies under `x`."""
+    """Any chumpy class: the value of a plain `chumpy.ch.Ch` lies under `x`; expressions have none and are refused."""
 
     def array(self, depth: int) -> np.ndarray:
         return np.asarray(self.get("x", depth))
@@ -230,7 +237,6 @@ class _Coo(_Sparse):
 
 
 _SPARSE = {"csc": _Csc, "csr": _Csr, "coo": _Coo}
-_CHUMPY = {"Ch": _Chumpy, "Select": _Select}
 _NUMPY = {
     "_reconstruct": _reconstruct,
     "_frombuffer": _frombuffer,
@@ -243,6 +249,10 @@ _NAMES = {
     ("copyreg", "_reconstructor"): _reconstructor,
     ("__builtin__", "object"): _Object,
     ("builtins", "object"): _Object,
+    # Bookkeeping of chumpy objects: sets of names, never values.
+    ("__builtin__", "set"): set,
+    ("builtins", "set"): set,
+    **{(module, name): _bytes for module in ("__builtin__", "builtins") for name in ("bytes", "bytearray")},
     ("_codecs", "encode"): _encode,
 }
 

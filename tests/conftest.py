@@ -1,0 +1,51 @@
+"""Fixtures shared by the whole suite."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from pointillist_jax.flame import FlameModel, FlameParams, load_flame
+from tests.flame.flame_files import write_flame
+
+
+@pytest.fixture
+def rng(request) -> np.random.Generator:
+    """Random numbers that differ between tests and repeat between runs."""
+    return np.random.default_rng(list(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def x64():
+    """Double precision for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def flame_pickle(tmp_path_factory):
+    """A random head in FLAME's layout, as a `.pkl`."""
+    return write_flame(tmp_path_factory.mktemp("flame") / "random_flame.pkl")
+
+
+@pytest.fixture(scope="session")
+def flame_model(flame_pickle) -> FlameModel:
+    """The same, loaded with teeth in float32."""
+    return load_flame(flame_pickle)
+
+
+def random_params(rng: np.random.Generator, model: FlameModel, batch: tuple[int, ...] = ()) -> FlameParams:
+    """Parameters of a plausible size in every field, in the model's dtype; float64 NumPy underneath."""
+    s, e, v = model.shape_dirs.shape[-1], model.expr_dirs.shape[-1], model.num_vertices
+    params = FlameParams(
+        shape=rng.normal(size=(*batch, s)),
+        expr=rng.normal(size=(*batch, e)),
+        rotation=rng.normal(0, 0.5, (*batch, 3)),
+        neck_pose=rng.normal(0, 0.3, (*batch, 3)),
+        jaw_pose=rng.normal(0, 0.3, (*batch, 3)),
+        eyes_pose=rng.normal(0, 0.3, (*batch, 6)),
+        translation=rng.normal(0, 0.1, (*batch, 3)),
+        static_offset=rng.normal(0, 1e-3, (*batch, v, 3)),
+    )
+    return jax.tree.map(lambda x: jax.numpy.asarray(x, model.v_template.dtype), params)
