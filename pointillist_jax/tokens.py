@@ -165,7 +165,8 @@ class PointTokenizer:
         if error := self.first_error(tokens):
             if strict:
                 raise error
-            kept = max(error.position // 4 - 1, 0)
+            ends = np.flatnonzero(tokens == self.eos)
+            kept = max(min([error.position, *ends[:1].tolist()]) // 4 - 1, 0)
             warnings.warn(
                 f"kept {kept} points of a malformed sequence: token {error.position}: {error.rule}.", stacklevel=2
             )

@@ -5,9 +5,14 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from pointillist_jax.flame import FlameModel, FlameParams, load_flame
 from tests.flame.flame_files import write_flame
+
+# The first example of a property compiles JAX programs; a time limit per example would only measure the machine.
+settings.register_profile("default", deadline=None)
+settings.load_profile("default")
 
 
 @pytest.fixture
