@@ -117,7 +117,7 @@ def load_ply(path: str | os.PathLike, *, num_faces: int | None = None) -> Gaussi
         )
     colors = sh = None
     if rest_names:
-        channel_major = rest.reshape(len(rest), 3, -1)
+        channel_major = rest.reshape(len(rest), 3, len(rest_names) // 3)
         sh = jnp.asarray(np.concatenate([dc[:, None], channel_major.transpose(0, 2, 1)], axis=1))
     else:
         colors = jnp.asarray(0.5 + SH_C0 * dc)
@@ -153,7 +153,7 @@ def save_ply(path: str | os.PathLike, gaussians: Gaussians) -> None:
         dc, rest = (np.asarray(gaussians.colors, np.float64) - 0.5) / SH_C0, np.zeros((g, 0))
     else:
         sh = np.asarray(gaussians.sh, np.float32)
-        dc, rest = sh[:, 0], sh[:, 1:].transpose(0, 2, 1).reshape(g, -1)
+        dc, rest = sh[:, 0], sh[:, 1:].transpose(0, 2, 1).reshape(g, 3 * (sh.shape[1] - 1))
         if rest.shape[1] not in _SH_REST:
             raise UserError(f"sh has {sh.shape[1]} coefficients; expected 1, 4, 9, 16 or 25.")
     scales = np.asarray(gaussians.scales, np.float64)
@@ -180,7 +180,8 @@ def save_ply(path: str | os.PathLike, gaussians: Gaussians) -> None:
         columns["binding_"] = binding[:, None]
     names, values = [], []
     for name, value in columns.items():
-        value = np.asarray(value, np.float32).reshape(g, -1)
+        value = np.asarray(value, np.float32)
+        value = value[:, None] if value.ndim == 1 else value
         if not np.isfinite(value).all():
             raise UserError(f"{name.strip('_')} holds NaN or infinite values; nothing was written.")
         values.append(value)
