@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from experiments.random_flame import write_flame
 from pointillist_jax.flame import FlameModel, FlameParams, load_flame
-from tests.flame.flame_files import write_flame
 
 # The first example of a property compiles JAX programs; a time limit per example would only measure the machine.
 settings.register_profile("default", deadline=None)

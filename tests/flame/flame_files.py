@@ -1,4 +1,4 @@
-"""Random heads in the layouts of FLAME's `.pkl` releases, for tests: nothing of FLAME itself."""
+"""Pickles as older FLAME releases wrote them: chumpy objects, and Python 2's byte strings."""
 
 from __future__ import annotations
 
@@ -6,39 +6,9 @@ import pickle
 import struct
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import scipy.sparse
-
-
-def random_flame(seed: int = 0, num_vertices: int = 5023, num_faces: int = 9976) -> dict:
-    """A dictionary with FLAME's keys, shapes and dtypes and random values of a head's size."""
-    rng = np.random.default_rng(seed)
-    regressor = np.zeros((5, num_vertices))
-    for j in range(5):
-        picked = rng.choice(num_vertices, 20, replace=False)
-        regressor[j, picked] = rng.dirichlet(np.ones(20))
-    # Three different corners for every face.
-    corners = np.arange(num_faces)[:, None] % num_vertices + np.cumsum(rng.integers(1, 900, (num_faces, 3)), axis=1)
-    return {
-        "v_template": rng.normal(0, 0.08, (num_vertices, 3)),
-        "f": (corners % num_vertices).astype(np.uint32),
-        "shapedirs": rng.normal(0, 2e-3, (num_vertices, 3, 400)),
-        "posedirs": rng.normal(0, 2e-3, (num_vertices, 3, 36)),
-        "J_regressor": scipy.sparse.csc_matrix(regressor),
-        "kintree_table": np.array([[2**32 - 1, 0, 1, 1, 1], [0, 1, 2, 3, 4]], np.int64),
-        "weights": rng.dirichlet(np.ones(5) * 0.3, num_vertices),
-        "J": rng.normal(0, 0.05, (5, 3)),
-        "bs_style": "lbs",
-        "bs_type": "lrotmin",
-    }
-
-
-def write_flame(path: Path, content: dict | None = None, *, protocol: int = 2) -> Path:
-    """Pickles `content` (default: `random_flame()`) to `path`."""
-    path.write_bytes(pickle.dumps(random_flame() if content is None else content, protocol=protocol))
-    return path
 
 
 def chumpy_dumps(content: dict, chumpy_keys: tuple[str, ...]) -> bytes:

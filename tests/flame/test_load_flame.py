@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import scipy.sparse
 
+from experiments.random_flame import random_flame, write_flame
 from pointillist_jax.files import FileFormatError, UserError
 from pointillist_jax.flame import UnsafeFileError, flame_vertices, load_flame, save_flame
 from pointillist_jax.flame.teeth import LOWER_LIP, UPPER_LIP
-from tests.flame.flame_files import chumpy_dumps, python2_dumps, random_flame, write_flame
+from tests.flame.flame_files import chumpy_dumps, python2_dumps
 
 # Small heads without teeth wherever the size does not matter: a FLAME-sized pickle takes half a second to write.
 CONTENT = random_flame(num_vertices=211, num_faces=400)
