@@ -17,8 +17,8 @@ from experiments.open_head.sources import BaseMesh, Wheel
 # Where FLAME's origin lies in MakeHuman's base frame (metres): between the ears, 2.5 cm below and 3.5 cm behind the
 # eyeballs' centres.
 ORIGIN = np.array([0.0, 0.703, 0.090])
-# The shoulders are cut by a sphere around this point of the head's frame: its rim is one smooth loop.
-CUT_CENTER, CUT_RADIUS = np.array([0.0, 0.0, -0.05]), 0.205
+# The shoulders are cut by an ellipsoid around this point of the head's frame: its rim is one smooth loop.
+CUT_CENTER, CUT_AXES = np.array([0.0, 0.0, -0.045]), np.array([0.125, 0.205, 0.19])
 # Edges cut closer to their end than this get the end itself moved onto the rim, which avoids slivers.
 _SNAP = 0.25
 # The eyeball: polar angles of its rings in degrees (8° pupil, 23.5° iris) and meridians. Every second meridian and
@@ -37,6 +37,7 @@ HAIR_LINE = np.array(
 )  # fmt: skip
 JAW_LINE = (-0.073, -0.43)
 SHOULDER_LINE = (-0.155, -0.15, 0.25)
+NOSE_WIDTH = np.array([(-0.031, 0.012), (-0.027, 0.020), (-0.012, 0.020), (0.0, 0.013), (0.022, 0.008)])  # (y, |x|)
 BROW_LINE = np.array([(0.012, 0.0435), (0.025, 0.0475), (0.038, 0.0475), (0.048, 0.042)])
 BROW_HALF_HEIGHT = 0.0032
 
@@ -81,29 +82,29 @@ def build_topology(wheel: Wheel, base: BaseMesh, neutral: np.ndarray) -> Topolog
     for part, name in zip((0, 3, 4, 5), names, strict=True):
         quads = base.groups[name]
         faces, uvs = _triangulate(base.quads[quads], base.quad_uvs[quads], neutral)
+        quad, uvs = np.repeat(np.arange(len(quads)), 2), base.uvs[uvs]
+        rows = sparse.identity(n, format="csr")
         if part == 0:
-            rows, faces, uvs = _cut(faces, base.uvs[uvs], neutral)
-        else:
-            rows, uvs = sparse.identity(n, format="csr"), base.uvs[uvs]
+            rows, faces, uvs, quad = _cut(faces, uvs, quad, neutral)
         if part in (3, 4):
-            cap = _cap(faces, neutral)
-            faces, uvs = np.concatenate([faces, cap]), np.concatenate([uvs, np.zeros((len(cap), 3, 2))])
+            faces, uvs, quad = _capped(faces, uvs, quad, neutral)
         used, faces = np.unique(faces, return_inverse=True)
-        parts.append((part, rows[used], faces.reshape(-1, 3), uvs, np.zeros(len(used), bool)))
+        parts.append((part, rows[used], faces.reshape(-1, 3), uvs, quad, np.zeros(len(used), bool)))
     for part, name in ((1, "helper-l-eye"), (2, "helper-r-eye")):
         rows, faces, kept = _eyeball(base.group_vertices(name), neutral)
-        parts.append((part, rows, faces, np.zeros((len(faces), 3, 2)), kept))
+        parts.append((part, rows, faces, np.zeros((len(faces), 3, 2)), np.arange(len(faces)), kept))
 
     parts.sort(key=lambda entry: entry[0])
     rows = sparse.vstack([entry[1] for entry in parts], format="csr")
     starts = np.cumsum([0, *(entry[1].shape[0] for entry in parts)])
     faces = np.concatenate([entry[2] + start for entry, start in zip(parts, starts[:-1], strict=True)])
     uvs = np.concatenate([entry[3] for entry in parts])
+    quads = np.concatenate([entry[4] + i * len(base.quads) for i, entry in enumerate(parts)])
     part = np.concatenate([np.full(entry[1].shape[0], entry[0]) for entry in parts])
     vertices = rows @ neutral
     mirror = _mirror(vertices, part)
-    regions = _regions(wheel, rows, vertices, faces, uvs, part, mirror)
-    return Topology(rows, faces, regions, part, mirror, np.concatenate([entry[4] for entry in parts]))
+    regions = _regions(wheel, vertices, faces, uvs, np.unique(quads, return_inverse=True)[1], part, mirror)
+    return Topology(rows, faces, regions, part, mirror, np.concatenate([entry[5] for entry in parts]))
 
 
 def _triangulate(quads: np.ndarray, uvs: np.ndarray, vertices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -121,13 +122,13 @@ def _triangulate(quads: np.ndarray, uvs: np.ndarray, vertices: np.ndarray) -> tu
     return faces, np.take_along_axis(uvs, pick, axis=1).reshape(-1, 3)
 
 
-def _cut(faces: np.ndarray, uvs: np.ndarray, vertices: np.ndarray):
-    """Keeps what lies inside the cutting sphere, splitting the triangles that cross it.
+def _cut(faces: np.ndarray, uvs: np.ndarray, quad: np.ndarray, vertices: np.ndarray):
+    """Keeps what lies inside the cutting ellipsoid, splitting the triangles that cross it.
 
-    Returns rows [N', N] (old vertices, some snapped onto the rim, then new ones), faces [F, 3], uvs [F, 3, 2].
+    Returns rows [N', N] (old vertices, some snapped onto the rim, then new ones), faces [F, 3], uvs [F, 3, 2], quad [F].
     """
     n = len(vertices)
-    value = CUT_RADIUS - np.linalg.norm(vertices - CUT_CENTER, axis=1)
+    value = 1 - np.linalg.norm((vertices - CUT_CENTER) / CUT_AXES, axis=1)
     near = faces[(value[faces] > 0).any(axis=1)]
     edges = np.unique(np.sort(np.concatenate([near[:, [0, 1]], near[:, [1, 2]], near[:, [2, 0]]]), axis=1), axis=0)
     edges = edges[(value[edges[:, 0]] > 0) != (value[edges[:, 1]] > 0)]
@@ -141,7 +142,7 @@ def _cut(faces: np.ndarray, uvs: np.ndarray, vertices: np.ndarray):
             value[a] = 0
     rows = [identity.tocsr()]
     fresh: dict[tuple[int, int], int] = {}
-    new_faces, new_uvs = [], []
+    new_faces, new_uvs, new_quad = [], [], []
 
     def crossing(a: int, b: int) -> int:
         key = (min(a, b), max(a, b))
@@ -169,10 +170,12 @@ def _cut(faces: np.ndarray, uvs: np.ndarray, vertices: np.ndarray):
         for k in range(1, len(polygon) - 1):
             new_faces.append([polygon[0], polygon[k], polygon[k + 1]])
             new_uvs.append([corners[0], corners[k], corners[k + 1]])
+            new_quad.append(quad[f])
     return (
         sparse.vstack(rows, format="csr"),
         np.concatenate([faces[keep], np.array(new_faces, np.int64).reshape(-1, 3)]),
         np.concatenate([uvs[keep], np.array(new_uvs).reshape(-1, 3, 2)]),
+        np.concatenate([quad[keep], np.array(new_quad, np.int64)]),
     )
 
 
@@ -190,6 +193,22 @@ def boundary_loops(faces: np.ndarray) -> list[list[int]]:
             at = after.pop(at)
         loops.append(loop)
     return loops
+
+
+def _capped(faces: np.ndarray, uvs: np.ndarray, quad: np.ndarray, vertices: np.ndarray):
+    """Closes a row of teeth, which the base mesh leaves open towards the gums, and turns its faces outward."""
+    cap = _cap(faces, vertices)
+    faces = np.concatenate([faces, cap])
+    if signed_volume(vertices, faces) < 0:
+        faces = faces[:, ::-1]
+    uvs = np.concatenate([uvs, np.zeros((len(cap), 3, 2))])
+    return faces, uvs, np.concatenate([quad, quad.max() + 1 + np.arange(len(cap))])
+
+
+def signed_volume(vertices: np.ndarray, faces: np.ndarray) -> float:
+    """Volume of a closed mesh in the cube of its unit, positive when its faces look outward."""
+    p, q, r = (vertices[faces[:, k]] for k in range(3))
+    return float(np.einsum("fi,fi->", p, np.cross(q, r)) / 6)
 
 
 def _cap(faces: np.ndarray, vertices: np.ndarray) -> np.ndarray:
@@ -279,10 +298,18 @@ def _mirror(vertices: np.ndarray, part: np.ndarray) -> np.ndarray:
     return np.where(ok, mirror, -1)
 
 
-def _regions(wheel, rows, vertices, faces, uvs, part, mirror) -> np.ndarray:
-    """[F] regions: eyes, teeth and tongue by part; skin by the painted masks and by position."""
+def _regions(wheel, vertices, faces, uvs, quads, part, mirror) -> np.ndarray:
+    """[F] regions: eyes, teeth and tongue by part; skin by the painted masks and by position.
+
+    Decided once per quad of the base mesh: borders then follow the mesh's lines instead of the triangles' zigzag.
+    """
     index = {name: i for i, name in enumerate(REGIONS)}
-    center = vertices[faces].mean(axis=1)
+    size = np.bincount(quads)
+
+    def per_quad(value: np.ndarray) -> np.ndarray:
+        return (np.bincount(quads, value) / size)[quads]
+
+    center = np.stack([per_quad(c) for c in vertices[faces].mean(axis=1).T], axis=1)
     owner = part[faces[:, 0]]
     skin = owner == 0
 
@@ -294,12 +321,7 @@ def _regions(wheel, rows, vertices, faces, uvs, part, mirror) -> np.ndarray:
         at = np.einsum("pk,fkc->fpc", bary, uvs)
         x = np.clip((at[..., 0] * w).astype(int), 0, w - 1)
         y = np.clip(((1 - at[..., 1]) * h).astype(int), 0, h - 1)
-        return _symmetric(mask[y, x].mean(axis=1), faces, mirror)
-
-    def pulled_by(target: str) -> np.ndarray:
-        """How far a target of the nose moves each face, 1 where most."""
-        offset = np.linalg.norm(rows @ wheel.target(f"nose/{target}", rows.shape[1]), axis=1)
-        return _symmetric(offset[faces].mean(axis=1) / offset.max(), faces, mirror)
+        return per_quad(_symmetric(mask[y, x].mean(axis=1), faces, mirror))
 
     x, y, z = center.T
     x = np.abs(x)
@@ -307,7 +329,8 @@ def _regions(wheel, rows, vertices, faces, uvs, part, mirror) -> np.ndarray:
     region[skin & (y > np.interp(z, *HAIR_LINE.T))] = index["scalp"]
     region[skin & (y < JAW_LINE[0] + JAW_LINE[1] * z)] = index["neck"]
     region[skin & (y < SHOULDER_LINE[0] + SHOULDER_LINE[1] * z + SHOULDER_LINE[2] * x)] = index["shoulders"]
-    region[skin & (pulled_by("nose-scale-vert-incr") > 0.3)] = index["nose"]
+    nose = np.interp(y, *NOSE_WIDTH.T, left=0, right=0)
+    region[skin & (x < nose) & (z > 0.03)] = index["nose"]
     brow = np.interp(x, *BROW_LINE.T, left=-1, right=-1)
     region[skin & (z > 0) & (np.abs(y - brow) < BROW_HALF_HEIGHT)] = index["brows"]
     region[skin & (painted("ears") > 0.5)] = index["ears"]

@@ -17,8 +17,8 @@ RACES, GENDERS, AGES = ("african", "asian", "caucasian"), ("female", "male"), ("
 _LEVELS = {"muscle": ("minmuscle", "averagemuscle", "maxmuscle"), "weight": ("minweight", "averageweight", "maxweight")}
 # Standard deviation of a detail slider (1 is MakeHuman's extreme), by folder. Asymmetry is small in people.
 DETAIL_SPREAD = {
-    "head": 0.30, "forehead": 0.40, "eyebrows": 0.40, "neck": 0.15, "eyes": 0.32, "nose": 0.40,
-    "mouth": 0.38, "chin": 0.40, "cheek": 0.42, "ears": 0.38, "asym": 0.10,
+    "head": 0.20, "forehead": 0.30, "eyebrows": 0.35, "neck": 0.12, "eyes": 0.28, "nose": 0.32,
+    "mouth": 0.30, "chin": 0.30, "cheek": 0.35, "ears": 0.32, "asym": 0.10,
 }  # fmt: skip
 # Asymmetry of the trunk, and where the head sits over the shoulders, which is posture rather than identity.
 _LEFT_OUT = ("asymm-", "head-trans-", "neck-trans-")
