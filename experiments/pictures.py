@@ -94,13 +94,8 @@ def render_mesh(
     tx, ty, tri = tx[front], ty[front], faces[front]
     pixel, owner, bary = _fragments(tx, ty, area[front], inverse_depth[tri], w, h)
 
-    normals = _face_normals(vertices, faces) if flat else _vertex_normals(vertices, faces)
-    normals = (normals @ axes.T).astype(np.float32)
-    if flat:
-        normal = normals[front][owner]
-    else:
-        corners = tri[owner]
-        normal = sum(bary[:, k, None] * normals[corners[:, k]] for k in range(3))
+    normals = _corner_normals(vertices, faces, 1.1 if flat else _CREASE)[front] @ axes.T.astype(np.float32)
+    normal = np.einsum("pk,pkc->pc", bary, normals[owner])
     colors = np.asarray(face_colors, np.float32)[front][owner]
     image[pixel] = _shade(normal, colors)
     image = image.reshape(height, supersample, width, supersample, 3)
@@ -289,12 +284,21 @@ def _face_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     return np.cross(q - p, r - p)
 
 
-def _vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """[V, 3] unit normals, faces weighted by area."""
-    normals = _face_normals(vertices, faces)
+# Cosine between a face's normal and its corner's smooth normal below which the edge is sharp (teeth).
+_CREASE = 0.45
+
+
+def _corner_normals(vertices: np.ndarray, faces: np.ndarray, crease: float) -> np.ndarray:
+    """[F, 3, 3] float32 unit normals of the faces' corners: smooth, but the face's own where they differ by a crease."""
+    face = _face_normals(vertices, faces)
     corner = faces.T.ravel()
-    total = np.stack([np.bincount(corner, np.tile(n, 3), len(vertices)) for n in normals.T], axis=1)
-    return total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-20)
+    smooth = np.stack([np.bincount(corner, np.tile(n, 3), len(vertices)) for n in face.T], axis=1)
+    face, smooth = _unit(face).astype(np.float32)[:, None], _unit(smooth).astype(np.float32)[faces]
+    return np.where((smooth * face).sum(axis=-1, keepdims=True) < crease, face, smooth)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-20)
 
 
 # Directions in the camera's frame (right, up, backward): a soft key from the upper left, a weak fill from the right.

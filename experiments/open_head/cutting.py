@@ -38,8 +38,13 @@ HAIR_LINE = np.array(
 JAW_LINE = (-0.073, -0.43)
 SHOULDER_LINE = (-0.155, -0.15, 0.25)
 NOSE_WIDTH = np.array([(-0.031, 0.012), (-0.027, 0.020), (-0.012, 0.020), (0.0, 0.013), (0.022, 0.008)])  # (y, |x|)
-BROW_LINE = np.array([(0.012, 0.0435), (0.025, 0.0475), (0.038, 0.0475), (0.048, 0.042)])
-BROW_HALF_HEIGHT = 0.0032
+BROW_LINE = np.array(
+    [(0.0105, 0.0449), (0.0195, 0.0446), (0.0279, 0.0445), (0.0359, 0.0435), (0.0432, 0.0416), (0.0486, 0.0385)]
+)
+BROW_HALF_HEIGHT = 0.0022
+
+# MakeHuman's rows of teeth and its tongue are wider than the mouth when it opens; they are narrowed by these factors.
+NARROWER = {3: 0.88, 4: 0.88, 5: 0.84}
 
 REGIONS = (
     "face", "scalp", "lips", "lids", "ears", "eyes", "teeth", "tongue", "neck",
@@ -52,6 +57,7 @@ class Topology:
     """The head before any shape.
 
     Attributes:
+      neutral: [N, 3] neutral base vertices in the head's frame, metres.
       rows: [V, N] sparse; head vertices = rows @ base vertices.
       faces: [F, 3] outward-facing.
       regions: [F] index into REGIONS.
@@ -60,6 +66,7 @@ class Topology:
       eye_coarse: [V] bool, eyeball vertices that the coarse head keeps.
     """
 
+    neutral: np.ndarray
     rows: sparse.csr_matrix
     faces: np.ndarray
     regions: np.ndarray
@@ -88,6 +95,10 @@ def build_topology(wheel: Wheel, base: BaseMesh, neutral: np.ndarray) -> Topolog
             rows, faces, uvs, quad = _cut(faces, uvs, quad, neutral)
         if part in (3, 4):
             faces, uvs, quad = _capped(faces, uvs, quad, neutral)
+        if part in NARROWER:
+            # Part of the way to its mirror image: a vertex keeps y and z in every symmetric shape, and only nears x = 0.
+            mixed = (1 - NARROWER[part]) / 2
+            rows = (1 - mixed) * rows + mixed * rows[_twins(np.unique(faces), neutral)]
         used, faces = np.unique(faces, return_inverse=True)
         parts.append((part, rows[used], faces.reshape(-1, 3), uvs, quad, np.zeros(len(used), bool)))
     for part, name in ((1, "helper-l-eye"), (2, "helper-r-eye")):
@@ -104,7 +115,7 @@ def build_topology(wheel: Wheel, base: BaseMesh, neutral: np.ndarray) -> Topolog
     vertices = rows @ neutral
     mirror = _mirror(vertices, part)
     regions = _regions(wheel, vertices, faces, uvs, np.unique(quads, return_inverse=True)[1], part, mirror)
-    return Topology(rows, faces, regions, part, mirror, np.concatenate([entry[5] for entry in parts]))
+    return Topology(neutral, rows, faces, regions, part, mirror, np.concatenate([entry[5] for entry in parts]))
 
 
 def _triangulate(quads: np.ndarray, uvs: np.ndarray, vertices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -177,6 +188,13 @@ def _cut(faces: np.ndarray, uvs: np.ndarray, quad: np.ndarray, vertices: np.ndar
         np.concatenate([uvs[keep], np.array(new_uvs).reshape(-1, 3, 2)]),
         np.concatenate([quad[keep], np.array(new_quad, np.int64)]),
     )
+
+
+def _twins(members: np.ndarray, vertices: np.ndarray) -> np.ndarray:
+    """[N] for each of `members` the member nearest to its mirror image; others map to themselves."""
+    twins = np.arange(len(vertices))
+    twins[members] = members[cKDTree(vertices[members]).query(vertices[members] * [-1, 1, 1])[1]]
+    return twins
 
 
 def boundary_loops(faces: np.ndarray) -> list[list[int]]:

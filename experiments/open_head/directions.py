@@ -213,7 +213,26 @@ def expression_directions(wheel: Wheel, base: BaseMesh, topology: Topology) -> t
     )
     # Rows act on vertices; [N, 3 E] keeps it one sparse product.
     directions = (topology.rows @ mean.reshape(n, -1)).reshape(-1, 3, len(names))
+    _carry_tongue(directions, topology)
     return names, directions
+
+
+def _carry_tongue(directions: np.ndarray, topology: Topology) -> None:
+    """Makes the tongue follow the lower teeth, in place: MakeHuman's open mouth leaves it hanging in the air.
+
+    The teeth turn about the jaw's hinge; the affine map of (y, z) that fits their offsets carries the tongue along.
+    """
+    template = topology.rows @ topology.neutral
+    teeth, tongue = topology.part == 4, topology.part == 5
+    origin = template[teeth].mean(axis=0)
+
+    def features(which: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.ones((which.sum(), 1)), (template[which] - origin)[:, 1:]], axis=1)
+
+    a = features(teeth)
+    for e in np.flatnonzero(np.abs(directions[teeth]).max(axis=(0, 1)) > 1e-3):
+        fit = np.linalg.lstsq(a, directions[teeth, :, e], rcond=None)[0]
+        directions[tongue, :, e] = features(tongue) @ fit
 
 
 def skin_weights(wheel: Wheel, topology: Topology) -> np.ndarray:
