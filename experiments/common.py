@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import statistics
@@ -21,6 +22,8 @@ def run(main: Callable[[], None]) -> None:
     """Parses absl flags and runs `main()`. Errors the user can mend become one sentence and exit code 2."""
 
     def guarded(argv: list[str]) -> None:
+        # absl shows INFO lines; JAX uses one per back end that this machine does not have.
+        logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value (see --help).")
