@@ -5,6 +5,7 @@ Letters: V vertices, F faces, P points (one Gaussian each), J joints.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import flax.struct
@@ -70,6 +71,7 @@ class PointRig:
     model_sha256: str = flax.struct.field(pytree_node=False, default="")
 
 
+@jax.jit
 def face_frames(vertices: Float[Array, "*b V 3"], faces: Int[Array, "F 3"]) -> FaceFrames:
     """Frames of all triangles: GaussianAvatars' definition (facts A.2). Degenerate faces give finite frames."""
     v0, v1, v2 = (vertices[..., faces[:, i], :] for i in range(3))
@@ -186,25 +188,7 @@ def animate(
         )
     if skinning not in ("surface", "interpolated"):
         raise UserError(f'skinning={skinning!r}: it must be "surface" or "interpolated".')
-    with jax.named_scope("animate"):
-        identity = {"shape": rig.canonical.shape, "static_offset": rig.canonical.static_offset}
-        posed = deform(flame_model, params.replace(**identity))
-        corners = flame_model.faces[rig.binding]
-        linear = _blend_joints(rig.skin_weights, posed.rotation)
-        if skinning == "surface":
-            means = _interpolate(posed.vertices, corners, rig.barycentrics) + _apply(linear, rig.rest_offset)
-        else:
-            rest = _interpolate(posed.shaped, corners, rig.barycentrics) + _rest_offset_interpolated(flame_model, rig)
-            shift = jnp.einsum("pj,...ja->...pa", rig.skin_weights, posed.shift)
-            means = _apply(linear, rest) + shift + params.translation[..., None, :]
-        turn = nearest_rotation(jnp.einsum("...pab,pbc->...pac", linear, rig.rest_linear))
-        moved = avatar.gaussians.replace(
-            means=means, quats=quat_multiply(rotation_to_quat(turn), avatar.gaussians.quats), binding=None
-        )
-        if follow_stretch:
-            growth = _scales(posed.vertices, flame_model.faces)[..., rig.binding] / rig.canonical_scale
-            moved = moved.replace(scales=avatar.gaussians.scales * growth[..., None])
-    return moved
+    return _animate(avatar, flame_model, params, follow_stretch, skinning)
 
 
 def check_binding(binding: Int[Array, "P"], num_faces: int) -> None:
@@ -221,6 +205,31 @@ def check_binding(binding: Int[Array, "P"], num_faces: int) -> None:
         )
 
 
+@functools.partial(jax.jit, static_argnames=("follow_stretch", "skinning"))
+def _animate(avatar: Avatar, model: FlameModel, params: FlameParams, follow_stretch: bool, skinning: str) -> Gaussians:
+    with jax.named_scope("animate"):
+        rig = avatar.rig
+        identity = {"shape": rig.canonical.shape, "static_offset": rig.canonical.static_offset}
+        posed = deform(model, params.replace(**identity))
+        corners = model.faces[rig.binding]
+        linear = _blend_joints(rig.skin_weights, posed.rotation)
+        if skinning == "surface":
+            means = _interpolate(posed.vertices, corners, rig.barycentrics) + _apply(linear, rig.rest_offset)
+        else:
+            rest = _interpolate(posed.shaped, corners, rig.barycentrics) + _rest_offset_interpolated(model, rig)
+            shift = jnp.einsum("pj,...ja->...pa", rig.skin_weights, posed.shift)
+            means = _apply(linear, rest) + shift + params.translation[..., None, :]
+        turn = nearest_rotation(jnp.einsum("...pab,pbc->...pac", linear, rig.rest_linear))
+        moved = avatar.gaussians.replace(
+            means=means, quats=quat_multiply(rotation_to_quat(turn), avatar.gaussians.quats), binding=None
+        )
+        if follow_stretch:
+            growth = _scales(posed.vertices, model.faces)[..., rig.binding] / rig.canonical_scale
+            moved = moved.replace(scales=avatar.gaussians.scales * growth[..., None])
+    return moved
+
+
+@functools.partial(jax.jit, static_argnames="clamp")
 def _bind(model, canonical, points, binding, clamp: bool) -> PointRig:
     posed = deform(model, canonical)
     corners = model.faces[binding]

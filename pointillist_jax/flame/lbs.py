@@ -55,6 +55,12 @@ def flame_vertices(model: FlameModel, params: FlameParams) -> Float[Array, "*b V
 def deform(model: FlameModel, params: FlameParams) -> Deformation:
     """As `flame_vertices`, with the joint transforms that a rig needs beside the vertices."""
     _check(model, params)
+    return _deform(model, params)
+
+
+# Compiled as a whole also when called outside jit, where every operation would be compiled by itself.
+@jax.jit
+def _deform(model: FlameModel, params: FlameParams) -> Deformation:
     with jax.named_scope("flame"):
         identity = model.v_template + _blend(model.shape_dirs, params.shape)
         if params.static_offset is not None:

@@ -12,16 +12,19 @@ from pointillist_jax.flame import (
     animate,
     bind_points,
     face_frames,
-    flame_vertices,
     global_to_local,
     load_flame,
     local_to_global,
     open_head,
 )
+from pointillist_jax.flame import flame_vertices as unjitted_vertices
 from pointillist_jax.flame.rotations import quat_to_rotation
 from pointillist_jax.gaussians import Avatar, Gaussians
 from tests.conftest import random_params
 from tests.flame import numpy_twin
+
+# One compiled program instead of a compilation per operation: the suite has to stay quick.
+flame_vertices = jax.jit(unjitted_vertices)
 
 
 def random_gaussians(rng, means, binding=None, dtype=jnp.float32) -> Gaussians:
@@ -275,7 +278,7 @@ def test_gradients_reach_gaussians_and_parameters(flame_model, rng):
         moved = animate(avatar, flame_model, params)
         return (moved.means**2).sum() + (moved.quats[:, 1:] ** 3).sum() + moved.scales.sum()
 
-    grads = jax.grad(loss, argnums=(0, 1), allow_int=True)(avatar, canonical)
+    grads = jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))(avatar, canonical)
     floats = [g for g in jax.tree.leaves(grads) if jnp.issubdtype(g.dtype, jnp.floating)]
     assert all(bool(jnp.isfinite(g).all()) for g in floats)
     assert float(jnp.abs(grads[1].expr).max()) > 0

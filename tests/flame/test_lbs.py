@@ -77,6 +77,7 @@ def test_gradients_are_finite_at_zero_and_match_finite_differences(flame_pickle,
     model = load_flame(flame_pickle)
     weight = jnp.asarray(rng.normal(size=(model.num_vertices, 3)))
 
+    @jax.jit
     def loss(params):
         return (weight * flame_vertices(model, params)).sum()
 
