@@ -28,11 +28,11 @@ PEOPLE, HELD_OUT, FITTED = 2000, 500, 600
 SHAPE_DIRS = 60
 FULL_FACES, COARSE_FACES = 9950, 2500
 # Faces of each small part in the coarse head; the skin gets the rest.
-COARSE_PARTS = {3: 76, 4: 76, 5: 100}
+COARSE_PARTS = {3: 88, 4: 88, 5: 96}
 # How much a region's surface counts in decimation: finest where faces are looked at and move.
 IMPORTANCE = {
-    "lids": 6.0, "lips": 5.0, "nose": 3.0, "brows": 2.0, "ears": 0.6, "mouth_inside": 0.05, "scalp": 0.7,
-    "neck": 0.6, "shoulders": 0.4,
+    "lids": 40.0, "lips": 10.0, "nose": 5.0, "brows": 3.0, "ears": 0.8, "mouth_inside": 0.02, "sockets": 0.01,
+    "scalp": 0.7, "neck": 0.6, "shoulders": 0.4,
 }  # fmt: skip
 
 

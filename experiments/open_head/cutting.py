@@ -43,12 +43,14 @@ BROW_LINE = np.array(
 )
 BROW_HALF_HEIGHT = 0.0022
 
+# Skin nearer to the eyeball's centre than these many radii (anywhere; behind its front) is the socket.
+SOCKET = (0.99, 1.1)
 # MakeHuman's rows of teeth and its tongue are wider than the mouth when it opens; they are narrowed by these factors.
 NARROWER = {3: 0.88, 4: 0.88, 5: 0.84}
 
 REGIONS = (
     "face", "scalp", "lips", "lids", "ears", "eyes", "teeth", "tongue", "neck",
-    "shoulders", "nose", "brows", "mouth_inside", "iris", "pupil",
+    "shoulders", "nose", "brows", "mouth_inside", "sockets", "iris", "pupil",
 )  # fmt: skip
 
 
@@ -355,6 +357,14 @@ def _regions(wheel, vertices, faces, uvs, quads, part, mirror) -> np.ndarray:
     region[skin & (painted("eyelids") > 0.5)] = index["lids"]
     region[skin & (painted("lips") > 0.5)] = index["lips"]
     region[skin & (painted("inside-mouth") > 0.5)] = index["mouth_inside"]
+    for p in (1, 2):
+        ball = vertices[part == p]
+        middle = (ball.min(axis=0) + ball.max(axis=0)) / 2
+        radius = np.abs(ball - middle).max()
+        # The skin behind the eyeball, which nobody sees: all that dips into it or lies around its back half.
+        distance = np.linalg.norm(center - middle, axis=1)
+        hidden = (distance < SOCKET[0] * radius) | ((distance < SOCKET[1] * radius) & (z < middle[2] + 0.4 * radius))
+        region[skin & hidden] = index["sockets"]
     region[owner == 3], region[owner == 4], region[owner == 5] = index["teeth"], index["teeth"], index["tongue"]
     for p in (1, 2):
         own = np.flatnonzero(owner == p)
