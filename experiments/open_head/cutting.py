@@ -76,6 +76,21 @@ class Topology:
     mirror: np.ndarray
     eye_coarse: np.ndarray
 
+    def reduced(self, faces: np.ndarray, regions: np.ndarray) -> tuple[Topology, np.ndarray]:
+        """The head with these faces of its vertices instead, and the indices [V'] of the vertices that they use."""
+        used, local = np.unique(faces, return_inverse=True)
+        number = np.full(len(self.part) + 1, -1)
+        number[used] = np.arange(len(used))
+        return Topology(
+            self.neutral,
+            self.rows[used],
+            local.reshape(-1, 3),
+            regions,
+            self.part[used],
+            number[self.mirror[used]],
+            self.eye_coarse[used],
+        ), used
+
 
 def build_topology(wheel: Wheel, base: BaseMesh, neutral: np.ndarray) -> Topology:
     """Cuts the head out of the base mesh.
@@ -98,7 +113,7 @@ def build_topology(wheel: Wheel, base: BaseMesh, neutral: np.ndarray) -> Topolog
         if part in (3, 4):
             faces, uvs, quad = _capped(faces, uvs, quad, neutral)
         if part in NARROWER:
-            # Part of the way to its mirror image: a vertex keeps y and z in every symmetric shape, and only nears x = 0.
+            # Part of the way to its mirror image: in a symmetric shape a vertex keeps y and z and only nears x = 0.
             mixed = (1 - NARROWER[part]) / 2
             rows = (1 - mixed) * rows + mixed * rows[_twins(np.unique(faces), neutral)]
         used, faces = np.unique(faces, return_inverse=True)
@@ -138,7 +153,8 @@ def _triangulate(quads: np.ndarray, uvs: np.ndarray, vertices: np.ndarray) -> tu
 def _cut(faces: np.ndarray, uvs: np.ndarray, quad: np.ndarray, vertices: np.ndarray):
     """Keeps what lies inside the cutting ellipsoid, splitting the triangles that cross it.
 
-    Returns rows [N', N] (old vertices, some snapped onto the rim, then new ones), faces [F, 3], uvs [F, 3, 2], quad [F].
+    Returns rows [N', N] (old vertices, some snapped onto the rim, then new ones), faces [F, 3], uvs [F, 3, 2] and
+    quad [F].
     """
     n = len(vertices)
     value = 1 - np.linalg.norm((vertices - CUT_CENTER) / CUT_AXES, axis=1)

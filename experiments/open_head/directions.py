@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 from tqdm import tqdm
 
-from experiments.open_head.cutting import EYE_MERIDIANS, EYE_RINGS, ORIGIN, Topology
+from experiments.open_head.cutting import EYE_COARSE_RINGS, EYE_MERIDIANS, EYE_RINGS, ORIGIN, Topology
 from experiments.open_head.sources import BaseMesh, Wheel
 
 RACES, GENDERS, AGES = ("african", "asian", "caucasian"), ("female", "male"), ("young", "old")
@@ -29,8 +29,9 @@ _OPPOSITES = (
     ("-decr", "-incr"), ("-down", "-up"), ("-backward", "-forward"), ("-in", "-out"), ("-compress", "-uncompress"),
     ("-concave", "-convex"), ("-compression-compress", "-compression-uncompress"),
 )  # fmt: skip
-# Joint regression: metres around a joint in which skin counts, vertices kept per joint, and the ridge in mm².
-_JOINT_RADIUS, _JOINT_VERTICES, _JOINT_RIDGE = 0.18, 200, 0.1
+# Joint regression: metres around a joint in which skin counts, vertices kept per joint, the ridge in mm², and what a
+# squared millimetre of motion with an expression weighs against one of error.
+_JOINT_RADIUS, _JOINT_VERTICES, _JOINT_RIDGE, _JOINT_STILL = 0.18, 200, 0.1, 0.5
 EXPRESSIONS = "expression/units"
 PARENTS = (-1, 0, 1, 1, 1)
 
@@ -133,8 +134,8 @@ def people_shapes(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Builds and aligns the people.
 
-    Position: the skull and upper face (skin above the mouth, without ears) of everyone has one centroid. Size: MakeHuman's adults
-    differ in head size; what remains after `_SIZE_KEPT` is people's own.
+    Position: the skull and upper face (skin above the mouth, without ears) of everyone have one centroid. Size: the
+    spread of MakeHuman's adults is reduced to `_SIZE_SPREAD` where it is wider.
 
     Returns:
       shapes [P, V, 3] and joints [P, J, 3] in metres, and sizes [P] (before normalisation, 1 = neutral).
@@ -164,7 +165,7 @@ def people_shapes(
     return (shapes - center) * scale + anchor, (joint - center) * scale + anchor, sizes
 
 
-# Adult head breadth, length and height have a coefficient of variation of about 3.5 %, measured or not, per person.
+# Standard deviation of log head size (ours): adults' head breadths and lengths vary by 3 to 4 %.
 _SIZE_SPREAD = 0.035
 
 
@@ -182,12 +183,12 @@ def skull_vertices(topology: Topology, template: np.ndarray) -> np.ndarray:
     return np.flatnonzero((topology.part == 0) & (y > -0.01) & (np.abs(x) < 0.073))
 
 
-def principal_directions(shapes: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+def principal_directions(shapes: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, float]:
     """The people's mean and principal directions, in FLAME's manner.
 
     Returns:
-      mean [V, 3]; directions [V, 3, S], mutually orthogonal, each one standard deviation long; the eigenvalues' square
-      roots are their norms; std [S]; and the share of the total variance that they keep.
+      mean [V, 3]; directions [V, 3, S], mutually orthogonal, strongest first, each scaled so that its coefficient has
+      unit variance among the people; and the share of the total variance that they keep.
     """
     p = len(shapes)
     mean = shapes.mean(axis=0)
@@ -196,11 +197,11 @@ def principal_directions(shapes: np.ndarray, count: int) -> tuple[np.ndarray, np
     value, vector = np.linalg.eigh(flat @ flat.T / (p - 1))
     value, vector = value[::-1][:count], vector[:, ::-1][:, :count]
     directions = flat.T @ vector / np.sqrt(p - 1)
-    # Once more through QR-free Gram–Schmidt would change nothing at double precision; the sign is fixed instead.
+    # An eigenvector's sign is arbitrary: the greatest entry is made positive.
     strongest = np.abs(directions).argmax(axis=0)
     directions *= np.sign(directions[strongest, np.arange(count)])
     total = (flat**2).sum() / (p - 1)
-    return mean, directions.reshape(*mean.shape, count), np.sqrt(value), float(value.sum() / total)
+    return mean, directions.reshape(*mean.shape, count), float(value.sum() / total)
 
 
 def expression_directions(wheel: Wheel, base: BaseMesh, topology: Topology) -> tuple[tuple[str, ...], np.ndarray]:
@@ -265,16 +266,22 @@ def skin_weights(wheel: Wheel, topology: Topology) -> np.ndarray:
 
 
 def fit_joint_regressor(
-    shapes: np.ndarray, joints: np.ndarray, part: np.ndarray, equator: dict[int, np.ndarray]
+    shapes: np.ndarray,
+    joints: np.ndarray,
+    expr_dirs: np.ndarray,
+    part: np.ndarray,
+    equator: dict[int, np.ndarray],
 ) -> np.ndarray:
     """[J, V] sparse weights of skin vertices, each row summing to one, that give the joints of everybody.
 
-    Eye joints are the mean of the eyeball's equator, exactly its centre. The others are a ridge regression on the
+    FLAME regresses joints from the mesh with its expression, so expressions must not move them: that is part of the
+    fit. Eye joints are the mean of the eyeball's equator, exactly its centre. The others are a ridge regression on the
     skin around them, fitted twice: the second time on the `_JOINT_VERTICES` that mattered most.
 
     Args:
       shapes: [P, V, 3] people to fit.
       joints: [P, J, 3] their joints.
+      expr_dirs: [V, 3, E].
       part: [V] as in Topology.
       equator: eye joint → its vertices.
     """
@@ -288,23 +295,29 @@ def fit_joint_regressor(
         distance = np.linalg.norm(mean - joints[:, j].mean(axis=0), axis=1)
         near = np.flatnonzero((part == 0) & (distance < _JOINT_RADIUS))
         for count in (_JOINT_VERTICES, 0):
-            # Millimetres from the joint. Among weights of sum one, G⁻¹ 1 / |G⁻¹ 1| makes wᵀ G w least, which is the mean
-            # squared error plus the ridge; it holds in every frame, because the weights sum to one.
+            # Millimetres from the joint. Among weights w of sum one, G⁻¹ 1 / (1ᵀ G⁻¹ 1) makes wᵀ G w least: the mean
+            # squared error plus the ridge.
             a = 1e3 * (shapes[:, near] - joints[:, j, None]).transpose(0, 2, 1).reshape(p * 3, -1)
-            gram = a.T @ a / p + _JOINT_RIDGE * np.eye(len(near))
+            moved = 1e3 * expr_dirs[near].reshape(len(near), -1)
+            gram = a.T @ a / p + _JOINT_STILL * moved @ moved.T + _JOINT_RIDGE * np.eye(len(near))
             weights = np.linalg.solve(gram, np.ones(len(near)))
             weights /= weights.sum()
             if count:
                 near = np.sort(near[np.argsort(-np.abs(weights), kind="stable")[:count]])
-        regressor[j, near] = weights
+        # Five decimals (10 µm at these weights): the last bits of a solve differ between machines, the file must not.
+        weights = np.round(weights, 5)
+        weights[np.abs(weights).argmax()] += 1 - weights.sum()
+        regressor[j, near] = np.round(weights, 5)
     return regressor
 
 
 def eye_equators(topology: Topology) -> dict[int, np.ndarray]:
     """Eye joint → indices of the vertices on its eyeball's equator, whose mean is the centre."""
-    ring = EYE_RINGS.index(90.0)
     out = {}
     for part, joint in ((1, 3), (2, 4)):
-        first = np.flatnonzero(topology.part == part)[0]
-        out[joint] = first + 1 + ring * EYE_MERIDIANS + np.arange(EYE_MERIDIANS)
+        mine = np.flatnonzero(topology.part == part)
+        per_ring = EYE_MERIDIANS if (len(mine) - 2) // EYE_MERIDIANS == len(EYE_RINGS) else EYE_MERIDIANS // 2
+        rings = EYE_RINGS if per_ring == EYE_MERIDIANS else [EYE_RINGS[r] for r in EYE_COARSE_RINGS]
+        start = 1 + list(rings).index(90.0) * per_ring
+        out[joint] = mine[start : start + per_ring]
     return out
