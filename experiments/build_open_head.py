@@ -32,8 +32,8 @@ FULL_FACES, COARSE_FACES = 9950, 2500
 COARSE_PARTS = {3: 88, 4: 88, 5: 96}
 # How much a region's surface counts in decimation: finest where faces are looked at and move.
 IMPORTANCE = {
-    "lids": 40.0, "lips": 10.0, "nose": 5.0, "brows": 3.0, "ears": 0.8, "mouth_inside": 0.02, "sockets": 0.01,
-    "scalp": 0.7, "neck": 0.6, "shoulders": 0.4,
+    "lids": 40.0, "lips": 14.0, "nose": 6.0, "brows": 3.0, "face": 2.2, "ears": 0.8, "scalp": 0.35, "neck": 0.35,
+    "shoulders": 0.25, "mouth_inside": 0.02, "sockets": 0.01,
 }  # fmt: skip
 
 
