@@ -27,6 +27,9 @@ _OUT = flags.DEFINE_string("out", "", "Where to write; the package's own open_he
 SEED = 20260101
 PEOPLE, HELD_OUT, FITTED = 2000, 500, 600
 SHAPE_DIRS = 60
+# Metres that upper teeth (part 3) and tongue (part 5) are moved inside the closed mouth. MakeHuman's upper teeth end
+# behind the upper lip and its tongue fills the mouth: an opening mouth would show only the tongue.
+MOVED = {3: (0.0, -0.0035, 0.003), 5: (0.0, -0.003, -0.006)}
 FULL_FACES, COARSE_FACES = 9950, 2500
 # Faces of each small part in the coarse head; the skin gets the rest.
 COARSE_PARTS = {3: 88, 4: 88, 5: 96}
@@ -48,6 +51,8 @@ def build(wheel_path: str, out: str | Path) -> dict[str, float]:
 
     population = directions.sample_population(wheel, PEOPLE + HELD_OUT, np.random.default_rng(SEED))
     shapes, joints, sizes = directions.people_shapes(wheel, base, topology, neutral, population)
+    for part, shift in MOVED.items():
+        shapes[:, topology.part == part] += np.array(shift, shapes.dtype)
     names, expr_dirs = directions.expression_directions(wheel, base, topology)
     weights = directions.skin_weights(wheel, topology)
 
