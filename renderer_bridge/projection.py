@@ -1,0 +1,133 @@
+"""EWA projection of 3D Gaussians to 2D ones: shared by every back end, differentiable in everything incl. `Ks`.
+
+The rules are those of gsplat's CUDA projection (facts C.4); autodiff supplies the gradients.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# A Gaussian whose alpha is below 1/255 everywhere is invisible; the kernel uses the same floor per pixel.
+ALPHA_FLOOR = 1.0 / 255.0
+# Radius in standard deviations of an opaque Gaussian: alpha 1 falls to the floor there (sqrt(2 ln 255) = 3.329).
+MAX_EXTENT = 3.33
+
+
+class Projected(NamedTuple):
+    """C cameras × G Gaussians on the image plane. A culled Gaussian has radii 0, finite values and zero gradients."""
+
+    means2d: jax.Array  # [C, G, 2] pixels
+    depths: jax.Array  # [C, G] camera z
+    conics: jax.Array  # [C, G, 3] upper triangle (xx, xy, yy) of the inverse 2D covariance, 1/pixel²
+    opacities: jax.Array  # [C, G] after compensation
+    radii: jax.Array  # [C, G, 2] int32 pixels, 0 = culled
+    invalid: jax.Array  # [] int32: Gaussians culled for NaN/Inf values, negative scales or zero quaternions
+
+
+def project(
+    means: jax.Array,  # [G, 3]
+    quats: jax.Array,  # [G, 4] wxyz, any length but 0
+    scales: jax.Array,  # [G, 3] standard deviations ≥ 0
+    opacities: jax.Array,  # [G]
+    viewmats: jax.Array,  # [C, 4, 4] world to camera
+    Ks: jax.Array,  # [C, 3, 3] pixels
+    width: int,
+    height: int,
+    *,
+    near_plane: float = 0.01,
+    far_plane: float = 1e10,
+    eps2d: float = 0.3,
+    radius_clip: float = 0.0,
+    antialiased: bool = False,
+) -> Projected:
+    """Projects every Gaussian into every camera. Source: facts C.4."""
+    valid = (
+        jnp.all(jnp.isfinite(means), -1)
+        & jnp.all(jnp.isfinite(quats), -1)
+        & jnp.all(jnp.isfinite(scales) & (scales >= 0), -1)
+        & (jnp.sum(quats * quats, -1) > 0)
+        & jnp.isfinite(opacities)
+    )
+    # Invalid Gaussians are replaced by harmless ones before any arithmetic: a NaN behind a later `where` would still
+    # reach the gradient as 0 · NaN.
+    means = jnp.where(valid[:, None], means, 0.0)
+    quats = jnp.where(valid[:, None], quats, jnp.asarray([1.0, 0.0, 0.0, 0.0], quats.dtype))
+    scales = jnp.where(valid[:, None], scales, 1.0)
+    opacities = jnp.where(valid, opacities, 0.0)
+
+    rotations, translations = viewmats[:, :3, :3], viewmats[:, :3, 3]
+    camera_means = jnp.einsum("cij,gj->cgi", rotations, means) + translations[:, None]
+    depths = camera_means[..., 2]
+    in_depth = (depths >= near_plane) & (depths <= far_plane) & valid
+    # The z used for dividing; a culled Gaussian gets 1 so that neither value nor gradient overflows.
+    z = jnp.where(in_depth & (jnp.abs(depths) > 1e-20), depths, 1.0)
+
+    fx, fy = Ks[:, 0, 0, None], Ks[:, 1, 1, None]
+    cx, cy = Ks[:, 0, 2, None], Ks[:, 1, 2, None]  # K's skew is not read: gsplat's pinhole kernel has none
+    x, y = camera_means[..., 0], camera_means[..., 1]
+    x, y = jnp.where(in_depth, x, 0.0), jnp.where(in_depth, y, 0.0)
+    means2d = jnp.stack([fx * x / z + cx, fy * y / z + cy], -1)
+
+    # J R M with M = R(q) diag(s): 2×3 per pair; the covariance is its square, so it is never negative definite.
+    half_x, half_y = 0.15 * width / fx, 0.15 * height / fy  # 0.3 · tan(fov/2) with tan(fov/2) = W / (2 fx)
+    u = jnp.clip(x / z, -cx / fx - half_x, (width - cx) / fx + half_x)
+    v = jnp.clip(y / z, -cy / fy - half_y, (height - cy) / fy + half_y)
+    axes = _rotation(quats) * scales[:, None, :]
+    camera_axes = jnp.einsum("cij,gjk->cgik", rotations, axes)
+    row_x = (fx / z)[..., None] * (camera_axes[..., 0, :] - u[..., None] * camera_axes[..., 2, :])
+    row_y = (fy / z)[..., None] * (camera_axes[..., 1, :] - v[..., None] * camera_axes[..., 2, :])
+    xx, xy, yy = jnp.sum(row_x * row_x, -1), jnp.sum(row_x * row_y, -1), jnp.sum(row_y * row_y, -1)
+
+    determinant_sharp = xx * yy - xy * xy
+    xx, yy = xx + eps2d, yy + eps2d
+    determinant = xx * yy - xy * xy
+    in_depth = in_depth & (determinant > 0)
+    safe = jnp.where(in_depth, determinant, 1.0)
+    conics = jnp.where(in_depth[..., None], jnp.stack([yy / safe, -xy / safe, xx / safe], -1), 0.0)
+    opacities = jnp.broadcast_to(opacities, depths.shape)
+    if antialiased:
+        ratio = determinant_sharp / safe
+        lit = in_depth & (ratio > 0)
+        opacities = opacities * jnp.where(lit, jnp.sqrt(jnp.where(lit, ratio, 1.0)), 0.0)
+
+    radii = _radii(means2d, xx, yy, opacities, in_depth, width, height, radius_clip)
+    return Projected(means2d, depths, conics, opacities, radii, jnp.sum(~valid, dtype=jnp.int32))
+
+
+def camera_positions(viewmats: jax.Array) -> jax.Array:
+    """World positions [C, 3] of the cameras: −A⁻¹ t, also for a view matrix that is not orthonormal."""
+    a, b, c = viewmats[:, 0, :3], viewmats[:, 1, :3], viewmats[:, 2, :3]
+    t = viewmats[:, :3, 3]
+    bc, ca, ab = jnp.cross(b, c), jnp.cross(c, a), jnp.cross(a, b)
+    determinant = jnp.sum(a * bc, -1, keepdims=True)
+    return -(t[:, :1] * bc + t[:, 1:2] * ca + t[:, 2:] * ab) / determinant
+
+
+def _rotation(quats: jax.Array) -> jax.Array:
+    """[G, 4] wxyz of any non-zero length → [G, 3, 3]."""
+    # Scaled by the largest component first: the square of a tiny quaternion underflows.
+    quats = quats / jax.lax.stop_gradient(jnp.max(jnp.abs(quats), -1, keepdims=True))
+    quats = quats * jax.lax.rsqrt(jnp.sum(quats * quats, -1, keepdims=True))
+    w, x, y, z = (quats[..., i] for i in range(4))
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return jnp.stack([jnp.stack(row, -1) for row in rows], -2)
+
+
+def _radii(means2d, xx, yy, opacities, visible, width, height, radius_clip) -> jax.Array:
+    """[C, G, 2] int32: half sizes of the box outside which alpha is below 1/255, or 0 when nothing can be seen."""
+    means2d, xx, yy, opacities = jax.lax.stop_gradient((means2d, xx, yy, opacities))
+    visible = visible & (opacities >= ALPHA_FLOOR)
+    extent = jnp.minimum(MAX_EXTENT, jnp.sqrt(2 * jnp.log(jnp.maximum(opacities, ALPHA_FLOOR) / ALPHA_FLOOR)))
+    radii = jnp.ceil(extent[..., None] * jnp.sqrt(jnp.stack([xx, yy], -1)))
+    size = jnp.asarray([width, height], means2d.dtype)
+    visible = visible & jnp.all((means2d + radii > 0) & (means2d - radii < size), -1)
+    visible = visible & ~jnp.all(radii <= radius_clip, -1)
+    # Cut before the conversion: a Gaussian at the camera may span more pixels than an int32 can count.
+    return jnp.where(visible[..., None], jnp.minimum(radii, 1e6), 0.0).astype(jnp.int32)

@@ -1,0 +1,273 @@
+"""The JAX-native tile rasteriser: blends each tile's depth-sorted list into its 256 pixels, with its own backward pass.
+
+The rules are those of gsplat's CUDA kernels (facts C.4). How it is made fast under XLA:
+
+* Tiles are sorted by list length and blended in groups, so that a group's cost is its longest list and the whole cost
+  follows the number of intersections, however uneven the lists are. A group stops when all its pixels have stopped.
+* A step blends `CHUNK` Gaussians of every list of the group. Alpha is written with the exponential as its last
+  operation: XLA never recomputes an exponential, but it would recompute anything cheap behind it once per output.
+* The backward pass walks back from where each pixel stopped, recovering the transmittance by division. Its memory is
+  the sorted list itself and one gradient row per Gaussian.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from renderer_bridge.binning import TILE, Bins, tile_grid
+from renderer_bridge.projection import ALPHA_FLOOR
+
+PIXELS = TILE * TILE
+STOP = 1e-4  # a pixel stops before the Gaussian that would bring its transmittance to this
+_GROUP = 64
+_CHUNK = 4
+_BACK_CHUNK = 8
+_NEVER = -1e4  # log-alpha of a Gaussian that does not touch the pixel; its exponential is 0
+_HEAD = 6  # leading columns of a packed row: mean x, y, conic xx, xy, yy, log opacity; colours follow
+
+
+class _Static(NamedTuple):
+    width: int
+    height: int
+    max_alpha: float
+    absgrad: bool
+
+
+class _Groups(NamedTuple):
+    """Tiles sorted by list length and padded to whole groups: N groups of S tiles."""
+
+    starts: jax.Array  # [N, S] int32
+    counts: jax.Array  # [N, S] int32
+    cameras: jax.Array  # [N, S] int32
+    origins: jax.Array  # [N, S, 2] pixel of the upper left corner
+    tiles: jax.Array  # [N, S] int32: which tile lies there (padding repeats tile 0 with count 0)
+
+
+def blend_tiles(
+    means2d: jax.Array,  # [C, G, 2]
+    conics: jax.Array,  # [C, G, 3]
+    opacities: jax.Array,  # [C, G]
+    colors: jax.Array,  # [C, G, X]
+    bins: Bins,
+    width: int,
+    height: int,
+    *,
+    max_alpha: float,
+    absgrad_probe: jax.Array | None = None,  # [C, G, 2] zeros
+) -> tuple[jax.Array, jax.Array]:
+    """Blends front to back over black.
+
+    Returns:
+      image [C, H, W, X] and alpha [C, H, W, 1] = 1 − transmittance. The gradient with respect to `absgrad_probe` is
+      the sum over pixels of the absolute value of each pixel's contribution to the gradient of `means2d`.
+    """
+    C, G, X = colors.shape
+    visible = opacities > 0
+    log_opacity = jnp.where(visible, jnp.log(jnp.where(visible, opacities, 1.0)), _NEVER)
+    packed = jnp.concatenate([means2d, conics, log_opacity[..., None], colors], -1).reshape(C * G, _HEAD + X)
+    static = _Static(width, height, max_alpha, absgrad_probe is not None)
+    if absgrad_probe is None:
+        absgrad_probe = jnp.zeros((C, G, 2), packed.dtype)
+    blended = _blend(static, packed, absgrad_probe.reshape(C * G, 2), bins)  # [C, H, W, X + 1]
+    return blended[..., :X], 1.0 - blended[..., X:]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blend(static: _Static, packed: jax.Array, absgrad_probe: jax.Array, bins: Bins) -> jax.Array:
+    """[C·G, 6 + X] packed rows → [C, H, W, X + 1]: colours and, last, the transmittance."""
+    return _blend_fwd(static, packed, absgrad_probe, bins)[0]
+
+
+def _blend_fwd(static: _Static, packed: jax.Array, absgrad_probe: jax.Array, bins: Bins):
+    del absgrad_probe
+    C = bins.order.shape[0]
+    groups, places = _group_tiles(bins, static)
+    colors, light, blended_to = lax.map(lambda g: _forward_group(static, packed, bins, g), groups)
+    image = _tiles_to_image(jnp.concatenate([colors, light[:, None]], 1), places, C, static)
+    return image, (packed, bins, light, blended_to)
+
+
+def _blend_bwd(static: _Static, residuals, cotangent: jax.Array):
+    packed, bins, light, blended_to = residuals
+    groups, _ = _group_tiles(bins, static)
+    by_group = _image_to_tiles(cotangent, groups, static)  # [N, X + 1, S, P]
+    rows = jnp.zeros((packed.shape[0], packed.shape[1] + 2 * static.absgrad), packed.dtype)
+
+    def step(rows, xs):
+        return _backward_group(static, packed, bins, rows, *xs), None
+
+    rows, _ = lax.scan(step, rows, (groups, light, blended_to, by_group))
+    width = packed.shape[1]
+    absolute = rows[:, width:] if static.absgrad else jnp.zeros((packed.shape[0], 2), packed.dtype)
+    return rows[:, :width], absolute, None
+
+
+_blend.defvjp(_blend_fwd, _blend_bwd)
+
+
+def _forward_group(static: _Static, packed: jax.Array, bins: Bins, group: _Groups):
+    """One group of S tiles → colours [X, S, P], transmittance [S, P], and how far each pixel was blended [S, P]."""
+    S = group.starts.shape[0]
+    X = packed.shape[1] - _HEAD
+    px, py = _pixel_centres(group.origins)
+
+    def unfinished(state):
+        k, light, _, _ = state
+        return jnp.any((jnp.max(light, axis=1) > 0) & (k < group.counts))
+
+    def blend_chunk(state):
+        k, light, blended_to, colors = state
+        rows, _ = _rows(packed, bins, group, k, _CHUNK)
+        inside = k + jnp.arange(_CHUNK, dtype=jnp.int32)[:, None, None] < group.counts[None, :, None]
+        alphas = _alphas(static, rows, px, py, inside)
+        colors = list(colors)
+        for u in range(_CHUNK):
+            weight = alphas[u] * light
+            passed = light - weight
+            going = passed > STOP
+            weight = jnp.where(going, weight, 0.0)
+            # A stopped pixel keeps its transmittance with a minus sign, which also makes every later test fail.
+            light = jnp.where(going, passed, -jnp.abs(light))
+            blended_to = blended_to + going
+            for c in range(X):
+                colors[c] = colors[c] + weight * rows[u, :, _HEAD + c, None]
+        return k + _CHUNK, light, blended_to, tuple(colors)
+
+    zeros = jnp.zeros((S, PIXELS), packed.dtype)
+    state = (jnp.int32(0), zeros + 1, jnp.zeros((S, PIXELS), jnp.int32), (zeros,) * X)
+    _, light, blended_to, colors = lax.while_loop(unfinished, blend_chunk, state)
+    return jnp.stack(colors) if X else jnp.zeros((0, S, PIXELS), packed.dtype), jnp.abs(light), blended_to
+
+
+def _backward_group(static, packed, bins, gradient, group, light, blended_to, cotangent):
+    """Adds one group's gradients to `gradient` [C·G, 6 + X (+ 2)] and returns it.
+
+    With B the colour behind Gaussian k as seen through it (already dotted with the pixel's cotangent) and g·c its own:
+    dL/dalpha = T (g·c − B), and the next B, in front of it, is B + alpha (g·c − B).
+    """
+    X = packed.shape[1] - _HEAD
+    px, py = _pixel_centres(group.origins)
+    color_cotangents, behind = cotangent[:X], cotangent[X]  # what lies behind the last Gaussian is the transmittance
+    # Beyond the clamp the gradient is zero; a hair below it, because exp(log(max_alpha)) is not max_alpha to the bit.
+    clamped = static.max_alpha * (1 - 4 * float(jnp.finfo(packed.dtype).eps))
+
+    def blend_back(state):
+        k, light, behind, gradient = state
+        rows, ids = _rows(packed, bins, group, k, _BACK_CHUNK)
+        inside = k + jnp.arange(_BACK_CHUNK, dtype=jnp.int32)[:, None, None] < blended_to[None]
+        alphas = _alphas(static, rows, px, py, inside)
+
+        def one(carry, xs):
+            light, behind = carry
+            alpha, color = xs
+            light = light / (1 - alpha)
+            seen = sum(color[:, c, None] * color_cotangents[c] for c in range(X))
+            change = alpha * (seen - behind)
+            return (light, behind + change), (light * change, light * alpha)
+
+        # A loop and not an unrolled chain: its outputs are buffers, so that the ten sums below read them instead of
+        # recomputing the whole chain ten times.
+        (light, behind), (falls, weights) = lax.scan(one, (light, behind), (alphas, rows[..., _HEAD:]), reverse=True)
+        falls = jnp.where(alphas < clamped, falls, 0.0)  # −dL/dsigma, [U, S, P]
+        sums = _geometry_sums(static, rows, px, py, falls)
+        for c in range(X):
+            sums.insert(_HEAD + c, jnp.sum(weights * color_cotangents[c], -1))
+        gradient = gradient.at[ids].add(jnp.stack(sums, -1), mode="promise_in_bounds")
+        return k - _BACK_CHUNK, light, behind, gradient
+
+    last = (jnp.max(blended_to) - 1) // _BACK_CHUNK * _BACK_CHUNK
+    state = (last, light, behind, gradient)
+    return lax.while_loop(lambda state: state[0] >= 0, blend_back, state)[3]
+
+
+def _geometry_sums(static: _Static, rows, px, py, falls) -> list[jax.Array]:
+    """Sums over the pixels of a tile, each [U, S]: d mean x, y, conic xx, xy, yy, log opacity (, |d mean| x, y)."""
+    U, S, _ = falls.shape
+    mean_x, mean_y, xx, xy, yy = (rows[..., i] for i in range(5))
+    grid = falls.reshape(U, S, TILE, TILE)
+    dy = (mean_y[..., None] - py[:, ::TILE])[..., None]
+    dx = mean_x[..., None] - px[:, :TILE]
+    # Down the columns first: a sum over a leading axis vectorises, and only 16 numbers per tile are left for x.
+    down0, down1, down2 = jnp.sum(grid, 2), jnp.sum(grid * dy, 2), jnp.sum(grid * dy * dy, 2)
+    m, mx, mxx = jnp.sum(down0, -1), jnp.sum(down0 * dx, -1), jnp.sum(down0 * dx * dx, -1)
+    my, mxy, myy = jnp.sum(down1, -1), jnp.sum(down1 * dx, -1), jnp.sum(down2, -1)
+    sums = [-(xx * mx + xy * my), -(xy * mx + yy * my), -0.5 * mxx, -mxy, -0.5 * myy, m]
+    if static.absgrad:
+        full_dx, full_dy = mean_x[..., None] - px, mean_y[..., None] - py
+        for a, b in ((xx, xy), (xy, yy)):
+            sums.append(jnp.sum(jnp.abs(falls * (a[..., None] * full_dx + b[..., None] * full_dy)), -1))
+    return sums
+
+
+def _alphas(static: _Static, rows, px, py, inside) -> jax.Array:
+    """[U, S, P]: alpha of each pixel, 0 where the kernel skips it."""
+    mean_x, mean_y, xx, xy, yy, log_opacity = (rows[..., i, None] for i in range(_HEAD))
+    dx, dy = mean_x - px, mean_y - py
+    sigma = 0.5 * (xx * dx * dx + yy * dy * dy) + xy * dx * dy
+    log_alpha = log_opacity - sigma
+    seen = inside & (sigma >= 0) & (log_alpha >= math.log(ALPHA_FLOOR))
+    return jnp.exp(jnp.where(seen, jnp.minimum(log_alpha, math.log(static.max_alpha)), _NEVER))
+
+
+def _rows(packed, bins: Bins, group: _Groups, k, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """Packed rows [U, S, 6 + X] and Gaussian ids [U, S] of positions k … k + U − 1 of each tile's list."""
+    C, G = bins.order.shape
+    positions = group.starts + k + jnp.arange(chunk, dtype=jnp.int32)[:, None]
+    # Positions past a list read a neighbour's Gaussian, which `inside` hides; past the end they are clamped.
+    ranks = bins.ranks.at[positions].get(mode="clip")
+    at = jnp.minimum(ranks, G - 1) + group.cameras * G
+    ids = bins.order.reshape(C * G).at[at].get(mode="promise_in_bounds") + group.cameras * G
+    return packed.at[ids].get(mode="promise_in_bounds"), ids
+
+
+def _pixel_centres(origins: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[S, 2] tile corners → x and y [S, P] of the pixel centres, row by row."""
+    index = jnp.arange(PIXELS, dtype=jnp.int32)
+    return origins[:, :1] + (index % TILE + 0.5), origins[:, 1:] + (index // TILE + 0.5)
+
+
+def _group_tiles(bins: Bins, static: _Static) -> tuple[_Groups, jax.Array]:
+    """The groups, and [T] int32: where each tile lies in them once flattened."""
+    T = bins.counts.shape[0]
+    size = min(_GROUP, T)
+    number = -(-T // size)
+    across, down = tile_grid(static.width, static.height)
+    order = jnp.argsort(-bins.counts).astype(jnp.int32)
+    tiles = jnp.pad(order, (0, number * size - T))
+    real = jnp.arange(number * size) < T
+    within = tiles % (across * down)
+    origins = jnp.stack([within % across, within // across], -1) * TILE
+    shape = (number, size)
+    groups = _Groups(
+        starts=bins.starts[tiles].reshape(shape),
+        counts=jnp.where(real, bins.counts[tiles], 0).reshape(shape),
+        cameras=(tiles // (across * down)).reshape(shape),
+        origins=origins.astype(jnp.float32).reshape(*shape, 2),
+        tiles=tiles.reshape(shape),
+    )
+    return groups, jnp.zeros(T, jnp.int32).at[order].set(jnp.arange(T, dtype=jnp.int32))
+
+
+def _tiles_to_image(values: jax.Array, places: jax.Array, C: int, static: _Static) -> jax.Array:
+    """[N, X, S, P] → [C, H, W, X]."""
+    across, down = tile_grid(static.width, static.height)
+    X = values.shape[1]
+    by_tile = values.transpose(0, 2, 1, 3).reshape(-1, X, PIXELS)[places]
+    image = by_tile.reshape(C, down, across, X, TILE, TILE).transpose(0, 1, 4, 2, 5, 3)
+    return image.reshape(C, down * TILE, across * TILE, X)[:, : static.height, : static.width]
+
+
+def _image_to_tiles(image: jax.Array, groups: _Groups, static: _Static) -> jax.Array:
+    """[C, H, W, X] → [N, X, S, P]; pixels outside the image get 0."""
+    across, down = tile_grid(static.width, static.height)
+    C, H, W, X = image.shape
+    image = jnp.pad(image, ((0, 0), (0, down * TILE - H), (0, across * TILE - W), (0, 0)))
+    by_tile = image.reshape(C, down, TILE, across, TILE, X).transpose(0, 1, 3, 5, 2, 4).reshape(-1, X, PIXELS)
+    N, S = groups.tiles.shape
+    return by_tile[groups.tiles.reshape(-1)].reshape(N, S, X, PIXELS).transpose(0, 2, 1, 3)
