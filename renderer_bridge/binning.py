@@ -1,8 +1,8 @@
 """Which Gaussians touch which 16×16 tile, front to back: static shapes, a dynamic count bounded by `capacity`.
 
-The list of all (tile, Gaussian) intersections is built by one depth sort of the Gaussians, an expansion to intersections
-in that order, and one sort of single uint32 keys `tile << bits | depth rank`. On a CPU XLA sorts single keys about six
-times faster than key–value pairs, which is why the rank rides in the key.
+The list of all (tile, Gaussian) intersections is built by one depth sort of the Gaussians, an expansion to
+intersections in that order, and one sort of single uint32 keys `tile << bits | depth rank`. On a CPU XLA sorts single
+keys about six times faster than key–value pairs, which is why the rank rides in the key.
 """
 
 from __future__ import annotations

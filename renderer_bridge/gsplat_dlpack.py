@@ -22,9 +22,9 @@ from renderer_bridge import varying
 from renderer_bridge.binning import TILE, tile_grid
 from renderer_bridge.errors import RasterizeError
 
-# kernel(means2d [I,G,2], conics [I,G,3], colors [I,G,X], opacities [I,G], radii [I,G,2] int32, depths [I,G], width, height,
-# absgrad) -> (image [I,H,W,X], alpha [I,H,W,1]); torch tensors, differentiable in the first four, I = images. With
-# `absgrad` its backward sets the attribute `means2d.absgrad` [I,G,2], as gsplat's does.
+# kernel(means2d [I,G,2], conics [I,G,3], colors [I,G,X], opacities [I,G], radii [I,G,2] int32, depths [I,G], width,
+# height, absgrad) -> (image [I,H,W,X], alpha [I,H,W,1]); torch tensors, differentiable in the first four, I = images.
+# With `absgrad` its backward sets the attribute `means2d.absgrad` [I,G,2], as gsplat's does.
 Kernel = Callable[..., tuple[Any, Any]]
 
 
@@ -111,7 +111,7 @@ def max_alpha() -> float:
 
 
 def gsplat_kernel(means2d, conics, colors, opacities, radii, depths, width, height, absgrad):
-    """gsplat's isect_tiles, isect_offset_encode and rasterize_to_pixels: call-compatible in 1.5.x and 1.6 (facts C.3)."""
+    """gsplat's three tile operations, which are call-compatible in 1.5.x and 1.6 (facts C.3)."""
     from gsplat.cuda._wrapper import isect_offset_encode, isect_tiles, rasterize_to_pixels
 
     across, down = tile_grid(width, height)
@@ -180,7 +180,7 @@ def _call(config: _Config, function, shapes, arguments) -> tuple[jax.Array, ...]
     return varying.vary(tuple(call(*arguments)), varying.axes_of(arguments))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _callback(config: _Config, function):
     """One callback object per configuration and direction."""
 

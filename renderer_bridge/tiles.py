@@ -30,6 +30,7 @@ _CHUNK = 4
 _BACK_CHUNK = 8
 _NEVER = -1e4  # log-alpha of a Gaussian that does not touch the pixel; its exponential is 0
 _HEAD = 6  # leading columns of a packed row: mean x, y, conic xx, xy, yy, log opacity; colours follow
+# In the table that the loops read, the conic is (xx/2, xy/xx, (yy − xy²/xx)/2), see `_table`.
 
 
 class _Static(NamedTuple):
@@ -88,7 +89,8 @@ def _blend_fwd(static: _Static, packed: jax.Array, absgrad_probe: jax.Array, bin
     del absgrad_probe
     C = bins.order.shape[0]
     groups, places = _group_tiles(bins, static)
-    colors, light, blended_to = lax.map(lambda g: _forward_group(static, packed, bins, g), groups)
+    table = _table(packed)
+    colors, light, blended_to = lax.map(lambda g: _forward_group(static, table, bins, g), groups)
     image = _tiles_to_image(jnp.concatenate([colors, light[:, None]], 1), places, C, static)
     return image, (packed, bins, light, blended_to)
 
@@ -98,9 +100,10 @@ def _blend_bwd(static: _Static, residuals, cotangent: jax.Array):
     groups, _ = _group_tiles(bins, static)
     by_group = _image_to_tiles(cotangent, groups, static)  # [N, X + 1, S, P]
     rows = jnp.zeros((packed.shape[0], packed.shape[1] + 2 * static.absgrad), packed.dtype)
+    table = _table(packed)
 
     def step(rows, xs):
-        return _backward_group(static, packed, bins, rows, *xs), None
+        return _backward_group(static, table, bins, rows, *xs), None
 
     rows, _ = lax.scan(step, rows, (groups, light, blended_to, by_group))
     width = packed.shape[1]
@@ -111,10 +114,37 @@ def _blend_bwd(static: _Static, residuals, cotangent: jax.Array):
 _blend.defvjp(_blend_fwd, _blend_bwd)
 
 
-def _forward_group(static: _Static, packed: jax.Array, bins: Bins, group: _Groups):
+def _table(packed: jax.Array) -> jax.Array:
+    """Rows with the conic completed to squares: sigma = A t² + B dy² with t = dx + r dy.
+
+    Far from its centre the three terms of a needle's sigma are a thousand times their sum, which float32 does not
+    survive to 1e-5; these two are never larger than the sum. B is a difference of products that nearly cancel, so the
+    products' rounding errors are carried along (Dekker's exact product).
+    """
+    xx, xy, yy = packed[:, 2], packed[:, 3], packed[:, 4]
+    safe = jnp.where(xx > 0, xx, 1.0)
+    (p, p_error), (q, q_error) = _exact_product(xx, yy), _exact_product(xy, xy)
+    rest = ((p - q) + (p_error - q_error)) / safe
+    return jnp.concatenate([packed[:, :2], jnp.stack([0.5 * xx, xy / safe, 0.5 * rest], -1), packed[:, 5:]], -1)
+
+
+def _exact_product(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """a · b as rounded product and rounding error."""
+
+    def split(x):
+        shifted = x * (2.0**12 + 1 if x.dtype == jnp.float32 else 2.0**27 + 1)
+        high = shifted - (shifted - x)
+        return high, x - high
+
+    product = a * b
+    (a1, a2), (b1, b2) = split(a), split(b)
+    return product, ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2
+
+
+def _forward_group(static: _Static, table: jax.Array, bins: Bins, group: _Groups):
     """One group of S tiles → colours [X, S, P], transmittance [S, P], and how far each pixel was blended [S, P]."""
     S = group.starts.shape[0]
-    X = packed.shape[1] - _HEAD
+    X = table.shape[1] - _HEAD
     px, py = _pixel_centres(group.origins)
 
     def unfinished(state):
@@ -123,7 +153,7 @@ def _forward_group(static: _Static, packed: jax.Array, bins: Bins, group: _Group
 
     def blend_chunk(state):
         k, light, blended_to, colors = state
-        rows, _ = _rows(packed, bins, group, k, _CHUNK)
+        rows, _ = _rows(table, bins, group, k, _CHUNK)
         inside = k + jnp.arange(_CHUNK, dtype=jnp.int32)[:, None, None] < group.counts[None, :, None]
         alphas = _alphas(static, rows, px, py, inside)
         colors = list(colors)
@@ -139,27 +169,28 @@ def _forward_group(static: _Static, packed: jax.Array, bins: Bins, group: _Group
                 colors[c] = colors[c] + weight * rows[u, :, _HEAD + c, None]
         return k + _CHUNK, light, blended_to, tuple(colors)
 
-    zeros = jnp.zeros((S, PIXELS), packed.dtype)
+    zeros = jnp.zeros((S, PIXELS), table.dtype)
     state = (jnp.int32(0), zeros + 1, jnp.zeros((S, PIXELS), jnp.int32), (zeros,) * X)
     _, light, blended_to, colors = lax.while_loop(unfinished, blend_chunk, state)
-    return jnp.stack(colors) if X else jnp.zeros((0, S, PIXELS), packed.dtype), jnp.abs(light), blended_to
+    blended_to = jnp.minimum(blended_to, group.counts[:, None])  # the group's longest list may have run past this one
+    return jnp.stack(colors) if X else jnp.zeros((0, S, PIXELS), table.dtype), jnp.abs(light), blended_to
 
 
-def _backward_group(static, packed, bins, gradient, group, light, blended_to, cotangent):
+def _backward_group(static, table, bins, gradient, group, light, blended_to, cotangent):
     """Adds one group's gradients to `gradient` [C·G, 6 + X (+ 2)] and returns it.
 
     With B the colour behind Gaussian k as seen through it (already dotted with the pixel's cotangent) and g·c its own:
     dL/dalpha = T (g·c − B), and the next B, in front of it, is B + alpha (g·c − B).
     """
-    X = packed.shape[1] - _HEAD
+    X = table.shape[1] - _HEAD
     px, py = _pixel_centres(group.origins)
     color_cotangents, behind = cotangent[:X], cotangent[X]  # what lies behind the last Gaussian is the transmittance
     # Beyond the clamp the gradient is zero; a hair below it, because exp(log(max_alpha)) is not max_alpha to the bit.
-    clamped = static.max_alpha * (1 - 4 * float(jnp.finfo(packed.dtype).eps))
+    clamped = static.max_alpha * (1 - 4 * float(jnp.finfo(table.dtype).eps))
 
     def blend_back(state):
         k, light, behind, gradient = state
-        rows, ids = _rows(packed, bins, group, k, _BACK_CHUNK)
+        rows, ids = _rows(table, bins, group, k, _BACK_CHUNK)
         inside = k + jnp.arange(_BACK_CHUNK, dtype=jnp.int32)[:, None, None] < blended_to[None]
         alphas = _alphas(static, rows, px, py, inside)
 
@@ -189,7 +220,7 @@ def _backward_group(static, packed, bins, gradient, group, light, blended_to, co
 def _geometry_sums(static: _Static, rows, px, py, falls) -> list[jax.Array]:
     """Sums over the pixels of a tile, each [U, S]: d mean x, y, conic xx, xy, yy, log opacity (, |d mean| x, y)."""
     U, S, _ = falls.shape
-    mean_x, mean_y, xx, xy, yy = (rows[..., i] for i in range(5))
+    mean_x, mean_y, half_xx, slope, half_rest = (rows[..., i] for i in range(5))
     grid = falls.reshape(U, S, TILE, TILE)
     dy = (mean_y[..., None] - py[:, ::TILE])[..., None]
     dx = mean_x[..., None] - px[:, :TILE]
@@ -197,33 +228,37 @@ def _geometry_sums(static: _Static, rows, px, py, falls) -> list[jax.Array]:
     down0, down1, down2 = jnp.sum(grid, 2), jnp.sum(grid * dy, 2), jnp.sum(grid * dy * dy, 2)
     m, mx, mxx = jnp.sum(down0, -1), jnp.sum(down0 * dx, -1), jnp.sum(down0 * dx * dx, -1)
     my, mxy, myy = jnp.sum(down1, -1), jnp.sum(down1 * dx, -1), jnp.sum(down2, -1)
-    sums = [-(xx * mx + xy * my), -(xy * mx + yy * my), -0.5 * mxx, -mxy, -0.5 * myy, m]
+    slope_x = 2 * half_xx * (mx + slope * my)
+    sums = [-slope_x, -(slope * slope_x + 2 * half_rest * my), -0.5 * mxx, -mxy, -0.5 * myy, m]
     if static.absgrad:
-        full_dx, full_dy = mean_x[..., None] - px, mean_y[..., None] - py
-        for a, b in ((xx, xy), (xy, yy)):
-            sums.append(jnp.sum(jnp.abs(falls * (a[..., None] * full_dx + b[..., None] * full_dy)), -1))
+        half_xx, slope, half_rest = half_xx[..., None], slope[..., None], half_rest[..., None]
+        full_dy = mean_y[..., None] - py
+        slope_x = 2 * half_xx * (mean_x[..., None] - px + slope * full_dy)
+        sums.append(jnp.sum(jnp.abs(falls * slope_x), -1))
+        sums.append(jnp.sum(jnp.abs(falls * (slope * slope_x + 2 * half_rest * full_dy)), -1))
     return sums
 
 
 def _alphas(static: _Static, rows, px, py, inside) -> jax.Array:
     """[U, S, P]: alpha of each pixel, 0 where the kernel skips it."""
-    mean_x, mean_y, xx, xy, yy, log_opacity = (rows[..., i, None] for i in range(_HEAD))
-    dx, dy = mean_x - px, mean_y - py
-    sigma = 0.5 * (xx * dx * dx + yy * dy * dy) + xy * dx * dy
+    mean_x, mean_y, half_xx, slope, half_rest, log_opacity = (rows[..., i, None] for i in range(_HEAD))
+    dy = mean_y - py
+    t = mean_x - px + slope * dy
+    sigma = half_xx * t * t + half_rest * dy * dy
     log_alpha = log_opacity - sigma
     seen = inside & (sigma >= 0) & (log_alpha >= math.log(ALPHA_FLOOR))
     return jnp.exp(jnp.where(seen, jnp.minimum(log_alpha, math.log(static.max_alpha)), _NEVER))
 
 
-def _rows(packed, bins: Bins, group: _Groups, k, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """Packed rows [U, S, 6 + X] and Gaussian ids [U, S] of positions k … k + U − 1 of each tile's list."""
+def _rows(table, bins: Bins, group: _Groups, k, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """Table rows [U, S, 6 + X] and Gaussian ids [U, S] of positions k … k + U − 1 of each tile's list."""
     C, G = bins.order.shape
     positions = group.starts + k + jnp.arange(chunk, dtype=jnp.int32)[:, None]
     # Positions past a list read a neighbour's Gaussian, which `inside` hides; past the end they are clamped.
     ranks = bins.ranks.at[positions].get(mode="clip")
     at = jnp.minimum(ranks, G - 1) + group.cameras * G
     ids = bins.order.reshape(C * G).at[at].get(mode="promise_in_bounds") + group.cameras * G
-    return packed.at[ids].get(mode="promise_in_bounds"), ids
+    return table.at[ids].get(mode="promise_in_bounds"), ids
 
 
 def _pixel_centres(origins: jax.Array) -> tuple[jax.Array, jax.Array]:

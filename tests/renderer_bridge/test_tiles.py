@@ -1,0 +1,90 @@
+"""The JAX tile rasteriser against the float64 torch compositor, on the very same projected Gaussians."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scenes
+import torch
+import torch_compositor
+
+from renderer_bridge import binning, projection, tiles
+
+NAMES = ("means2d", "conics", "colors", "opacities")
+
+
+def _projected(scene, width, height, cameras=2, **options):
+    means, quats, scales, opacities, colors = scene
+    viewmats, Ks = scenes.cameras(cameras, width, height)
+    arrays = [jnp.asarray(x) for x in (means, quats, scales, opacities, viewmats, Ks)]
+    projected = jax.jit(lambda *a: projection.project(*a, width, height, **options))(*arrays)
+    return projected, jnp.broadcast_to(colors, (cameras, *colors.shape))
+
+
+def _blend(inputs, projected, width, height, max_alpha=0.999, probe=None):
+    means2d, conics, colors, opacities = inputs
+    total = int(np.prod(projected.radii.shape[:2])) * 64
+    bins = binning.bin_gaussians(means2d, projected.radii, projected.depths, width, height, total)
+    return (
+        *tiles.blend_tiles(
+            means2d, conics, opacities, colors, bins, width, height, max_alpha=max_alpha, absgrad_probe=probe
+        ),
+        bins,
+    )
+
+
+def _compare(scene, width, height, dtype, value_tolerance, gradient_tolerance, max_alpha=0.999):
+    projected, colors = _projected(scene, width, height)
+    inputs = tuple(x.astype(dtype) for x in (projected.means2d, projected.conics, colors, projected.opacities))
+    projected = projected._replace(depths=projected.depths.astype(dtype))
+    rng = np.random.default_rng(7)
+    image_bar = rng.normal(size=(2, height, width, 3))
+    alpha_bar = rng.normal(size=(2, height, width, 1))
+
+    def cotangents(doubtful):
+        certain = (~doubtful).double()[..., None]
+        return torch.tensor(image_bar) * certain, torch.tensor(alpha_bar) * certain
+
+    as_torch = [torch.tensor(np.asarray(x, np.float64)) for x in inputs]
+    radii, depths = torch.tensor(np.asarray(projected.radii)), torch.tensor(np.asarray(projected.depths))
+    image, alpha, doubtful, gradients = torch_compositor.oracle(
+        *as_torch, radii, depths, width, height, cotangents, max_alpha
+    )
+    certain = ~doubtful.numpy()
+    assert certain.mean() > 0.8
+
+    def run(inputs):
+        image, alpha, bins = _blend(inputs, projected, width, height, max_alpha)
+        return (image, alpha), bins.overflow
+
+    (ours, pullback, overflow) = jax.vjp(jax.jit(run), inputs, has_aux=True)
+    assert int(overflow) == 0
+    np.testing.assert_allclose(np.asarray(ours[0])[certain], image.numpy()[certain], atol=value_tolerance, rtol=0)
+    np.testing.assert_allclose(np.asarray(ours[1])[certain], alpha.numpy()[certain], atol=value_tolerance, rtol=0)
+    bars = tuple(jnp.asarray(x.numpy(), dtype) for x in cotangents(doubtful))
+    for name, mine, reference in zip(NAMES, pullback(bars)[0], gradients, strict=True):
+        reference = reference.numpy()
+        error = np.abs(np.asarray(mine) - reference) / (np.abs(reference) + np.abs(reference).max())
+        assert error.max() < gradient_tolerance, (name, error.max())
+
+
+@pytest.mark.parametrize("name", list(scenes.SCENES))
+@pytest.mark.parametrize("size", [(70, 50), (128, 128)], ids=str)
+def test_float32_agrees_with_float64_oracle(name, size):
+    _compare(scenes.SCENES[name](), *size, jnp.float32, 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("name", list(scenes.SCENES))
+def test_float64_agrees_with_oracle_to_rounding(name):
+    with jax.enable_x64(True):
+        _compare(scenes.SCENES[name](), 90, 75, jnp.float64, 1e-11, 1e-9)
+
+
+def test_clamp_of_gsplat_1_6():
+    _compare(scenes.opaque_scene(300), 64, 64, jnp.float32, 1e-5, 1e-4, max_alpha=0.99)
+
+
+def test_100k_gaussians():
+    _compare(scenes.random_scene(100_000, size=0.008), 160, 160, jnp.float32, 1e-5, 1e-4)
