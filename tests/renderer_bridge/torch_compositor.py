@@ -68,7 +68,9 @@ def blend(mean, conic, color, opacity, rows, columns, max_alpha):
     alpha = torch.where((sigma >= 0) & (alpha >= 1 / 255), alpha, torch.zeros_like(alpha))
     after = torch.cumprod(1 - alpha, dim=1)
     going = after > 1e-4
-    weight = torch.where(going, alpha, torch.zeros_like(alpha)) * torch.cat([torch.ones_like(after[:, :1]), after[:, :-1]], 1)
+    weight = torch.where(going, alpha, torch.zeros_like(alpha)) * torch.cat(
+        [torch.ones_like(after[:, :1]), after[:, :-1]], 1
+    )
     left = torch.where(going, 1 - alpha, torch.ones_like(alpha)).prod(1)
     with torch.no_grad():
         close = (raw * 255 - 1).abs() < 2e-4

@@ -1,0 +1,349 @@
+"""`rasterize` on the JAX back end: end to end against float64 references, modes, transformations, capacity, probes."""
+
+from __future__ import annotations
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scenes
+import torch
+import torch_compositor
+
+from renderer_bridge import estimate_capacity, projection, rasterize, render
+
+W, H = 64, 48
+ARGS = ("means", "quats", "scales", "opacities", "colors", "viewmats", "Ks", "backgrounds")
+
+
+def _inputs(count=60, cameras=2, sh=None, seed=0, size=0.12, dtype=np.float32):
+    means, quats, scales, opacities, colors = scenes.random_scene(count, seed, size=size)
+    if sh is not None:
+        colors = np.random.default_rng(seed).normal(0, 0.3, (count, 16, 3))
+    viewmats, Ks = scenes.cameras(cameras, W, H)
+    backgrounds = np.random.default_rng(seed).uniform(size=(cameras, 3))
+    return tuple(jnp.asarray(x, dtype) for x in (means, quats, scales, opacities, colors, viewmats, Ks, backgrounds))
+
+
+def _rasterize(*arrays, **options):
+    *arrays, backgrounds = arrays
+    return rasterize(*arrays, W, H, backgrounds=backgrounds, backend="jax", **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rasterize_mode": "antialiased"},
+        {"sh_degree": 3},
+        {"sh_degree": 1, "render_mode": "RGB+ED"},
+        {"render_mode": "D"},
+        {"render_mode": "ED"},
+        {"render_mode": "RGB+D"},
+    ],
+    ids=lambda o: "-".join(map(str, o.values())) or "plain",
+)
+def test_finite_differences_of_every_input(options):
+    """Central differences along random directions, float64; every input incl. Ks, viewmats and backgrounds."""
+    with jax.enable_x64(True):
+        arrays = _inputs(sh=options.get("sh_degree"), dtype=np.float64)
+        weights = {}
+
+        @jax.jit
+        def loss(*arrays):
+            image, alpha, _ = _rasterize(*arrays, capacity=4096, **options)
+            if not weights:
+                rng = np.random.default_rng(1)
+                weights["image"], weights["alpha"] = (rng.normal(size=x.shape) for x in (image, alpha))
+            return jnp.sum(weights["image"] * image) + jnp.sum(weights["alpha"] * alpha)
+
+        gradients = jax.jit(jax.grad(loss, argnums=range(8)))(*arrays)
+        rng = np.random.default_rng(2)
+        for i, name in enumerate(ARGS):
+            if name == "backgrounds" and options.get("render_mode") in ("D", "ED"):
+                assert np.all(gradients[i] == 0)  # depth has background 0
+                continue
+            if name == "colors" and options.get("render_mode") in ("D", "ED"):
+                assert np.all(gradients[i] == 0)
+                continue
+            direction = rng.normal(size=arrays[i].shape)
+            if name == "viewmats":
+                direction[:, 3] = 0
+            if name == "Ks":
+                direction *= np.asarray([[1, 0, 1], [0, 1, 1], [0, 0, 0]])
+            step = 1e-7 if name != "Ks" else 1e-5
+            plus, minus = (loss(*arrays[:i], arrays[i] + sign * step * direction, *arrays[i + 1 :]) for sign in (1, -1))
+            expected = float(plus - minus) / (2 * step)
+            analytic = float(jnp.sum(gradients[i] * direction))
+            assert abs(expected) > 1e-3, name  # a zero slope would test nothing
+            assert analytic == pytest.approx(expected, rel=2e-4, abs=2e-4), name
+
+
+def test_end_to_end_against_gsplat_projection_and_dense_compositor():
+    """World to image in float64 by gsplat's reference projection and the torch compositor; float32 here."""
+    reference = pytest.importorskip("gsplat.cuda._torch_impl", reason="gsplat is not installed")
+    arrays = _inputs(count=500, size=0.06)
+    leaves = [torch.tensor(np.asarray(x)).double().requires_grad_(True) for x in arrays]
+    means, quats, scales, opacities, colors, viewmats, Ks, backgrounds = leaves
+    covars, _ = reference._quat_scale_to_covar_preci(quats, scales, compute_preci=False)
+    _, means2d, depths, conics, _ = reference._fully_fused_projection(means, covars, viewmats, Ks, W, H)
+    with torch.no_grad():
+        inverse = torch.linalg.inv(torch.stack([conics[..., :2], conics[..., 1:]], -2))
+        extent = torch.sqrt(2 * torch.log(255 * opacities.clamp(min=1 / 255))).clamp(max=3.33)
+        radii = torch.ceil(extent[:, None] * torch.diagonal(inverse, dim1=-2, dim2=-1).sqrt()).int()
+        radii[:, opacities < 1 / 255] = 0
+    detached = [x.detach() for x in (means2d, conics, colors.expand(2, -1, -1), opacities.expand(2, -1))]
+    rng = np.random.default_rng(0)
+    bar = rng.normal(size=(2, H, W, 3))
+
+    def cotangents(doubtful):
+        image_bar = torch.tensor(bar) * ~doubtful[..., None]
+        return image_bar, -(image_bar * backgrounds.detach()[:, None, None]).sum(-1, keepdim=True)
+
+    image, alpha, doubtful, gradients = torch_compositor.oracle(*detached, radii, depths.detach(), W, H, cotangents)
+    image = image + (1 - alpha) * backgrounds.detach()[:, None, None]
+    certain = ~doubtful.numpy()
+    image_bar = cotangents(doubtful)[0]
+    surrogate = (means2d * gradients[0]).sum() + (conics * gradients[1]).sum()
+    surrogate = surrogate + (colors * gradients[2]).sum() + (opacities * gradients[3]).sum()
+    surrogate = surrogate + (backgrounds * (image_bar * (1 - alpha)).sum((1, 2))).sum()
+    expected = torch.autograd.grad(surrogate, leaves)
+
+    ours, pullback = jax.vjp(lambda *a: _rasterize(*a)[0], *arrays)
+    np.testing.assert_allclose(np.asarray(ours)[certain], image.numpy()[certain], atol=1e-5)
+    mine = pullback(jnp.asarray(image_bar.numpy(), jnp.float32))
+    for name, a, b in zip(ARGS, mine, expected, strict=True):
+        a, b = np.array(a), b.numpy()
+        if name == "Ks":
+            a[:, 0, 1] = b[:, 0, 1] = 0  # the reference reads the skew
+        error = np.abs(a - b).max() / np.abs(b).max()
+        assert error < 1e-4, (name, error)
+
+
+def test_input_order_does_not_matter():
+    arrays = _inputs(count=700, size=0.05)
+    order = np.random.default_rng(0).permutation(700)
+    shuffled = tuple(x[order] for x in arrays[:5]) + arrays[5:]
+    first, second = _rasterize(*arrays), _rasterize(*shuffled)
+    np.testing.assert_array_equal(first[0], second[0])
+    np.testing.assert_array_equal(first[1], second[1])
+
+
+def test_equal_depths_blend_in_input_order():
+    means = jnp.zeros((2, 3))
+    arrays = (means, jnp.tile(jnp.array([1.0, 0, 0, 0]), (2, 1)), jnp.full((2, 3), 0.3), jnp.array([0.9, 0.9]))
+    colors = jnp.array([[1.0, 0, 0], [0, 1.0, 0]])
+    viewmats, Ks = (jnp.asarray(x) for x in scenes.cameras(1, W, H))
+    image, _, _ = rasterize(*arrays, colors, viewmats, Ks, W, H, backend="jax")
+    swapped, _, _ = rasterize(*arrays, colors[::-1], viewmats, Ks, W, H, backend="jax")
+    peak = np.unravel_index(np.argmax(image.sum(-1)), image.shape[:3])
+    assert image[peak][0] > 5 * image[peak][1]
+    assert swapped[peak][1] > 5 * swapped[peak][0]
+
+
+def test_cameras_render_as_if_alone():
+    arrays = _inputs(count=300, cameras=3)
+    together = _rasterize(*arrays)
+    for c in range(3):
+        alone = _rasterize(*arrays[:5], *(x[c : c + 1] for x in arrays[5:]))
+        np.testing.assert_allclose(together[0][c], alone[0][0], atol=2e-6)
+
+
+def test_zero_opacity_masks_a_gaussian():
+    arrays = list(_inputs(count=100))
+    keep = np.arange(100) % 3 > 0
+    subset = _rasterize(*(x[keep] for x in arrays[:5]), *arrays[5:])[0]
+    arrays[3] = jnp.where(keep, arrays[3], 0.0)
+    masked, pullback = jax.vjp(lambda *a: _rasterize(*a)[0], *arrays)
+    np.testing.assert_allclose(masked, subset, atol=2e-6)
+    for gradient in pullback(jnp.ones_like(masked))[:5]:
+        assert np.all(np.asarray(gradient)[~keep] == 0)
+        assert np.isfinite(np.asarray(gradient)).all()
+
+
+def test_depth_modes_and_backgrounds():
+    arrays = _inputs(count=200)
+    rgb, alpha, info = _rasterize(*arrays)
+    both = _rasterize(*arrays, render_mode="RGB+ED")[0]
+    accumulated = _rasterize(*arrays, render_mode="D")[0]
+    np.testing.assert_allclose(both[..., :3], rgb, atol=1e-6)
+    np.testing.assert_allclose(both[..., 3:] * jnp.maximum(alpha, 1e-10), accumulated, rtol=1e-5, atol=1e-5)
+    covered = np.asarray(alpha[..., 0]) > 0.5
+    depth = np.asarray(both[..., 3])[covered]
+    assert depth.min() >= float(info["depths"].min()) - 1e-4
+    assert depth.max() <= float(info["depths"].max()) + 1e-4
+    black = rasterize(*arrays[:-1], W, H, backend="jax")[0]
+    np.testing.assert_allclose(rgb, black + (1 - alpha) * arrays[-1][:, None, None], atol=1e-6)
+
+
+def test_sh_degree_0_equals_plain_colours():
+    arrays = list(_inputs(count=100))
+    plain = _rasterize(*arrays)[0]
+    arrays[4] = ((arrays[4] - 0.5) / 0.28209479177387814)[:, None, :]
+    np.testing.assert_allclose(_rasterize(*arrays, sh_degree=0)[0], plain, atol=2e-6)
+
+
+def test_colours_per_camera():
+    arrays = list(_inputs(count=100))
+    per_camera = jnp.stack([arrays[4], 1 - arrays[4]])
+    image = _rasterize(*arrays[:4], per_camera, *arrays[5:])[0]
+    for c in range(2):
+        np.testing.assert_allclose(image[c], _rasterize(*arrays[:4], per_camera[c], *arrays[5:])[0][c], atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 7, 40])
+def test_any_number_of_channels(channels):
+    arrays = _inputs(count=80)
+    features = jnp.asarray(np.random.default_rng(0).normal(size=(80, channels)), jnp.float32)
+    image = rasterize(*arrays[:4], features, *arrays[5:7], W, H, backend="jax")[0]
+    assert image.shape == (2, H, W, channels)
+    one = rasterize(*arrays[:4], features[:, -1:], *arrays[5:7], W, H, backend="jax")[0]
+    np.testing.assert_allclose(image[..., -1:], one, atol=1e-5)
+
+
+def test_jit_vmap_scan_remat_agree_with_a_plain_call():
+    arrays = _inputs(count=150)
+    cap = estimate_capacity(*arrays[:4], *arrays[5:7], W, H)
+
+    def loss(means, viewmats, Ks, backgrounds):
+        arrays_ = (means, *arrays[1:5], viewmats, Ks, backgrounds)
+        return jnp.sum(_rasterize(*arrays_, capacity=cap)[0] ** 2)
+
+    plain, gradient = jax.value_and_grad(loss)(arrays[0], *arrays[5:])
+    per_camera = tuple(x[:, None] for x in arrays[5:])
+
+    def by_vmap(means):
+        return jnp.sum(jax.vmap(loss, in_axes=(None, 0, 0, 0))(means, *per_camera))
+
+    def by_scan(means):
+        return jax.lax.scan(lambda total, camera: (total + loss(means, *camera), None), 0.0, per_camera)[0]
+
+    def by_remat(means):
+        return jax.checkpoint(loss)(means, *arrays[5:])
+
+    for function in (by_vmap, by_scan, by_remat):
+        value, slope = jax.jit(jax.value_and_grad(function))(arrays[0])
+        assert float(value) == pytest.approx(float(plain), rel=1e-5)
+        np.testing.assert_allclose(slope, gradient, rtol=1e-3, atol=1e-4 * float(jnp.abs(gradient).max()))
+
+
+def test_one_trace_per_static_configuration():
+    traces = []
+
+    @jax.jit
+    def program(*arrays):
+        traces.append(1)
+        return _rasterize(*arrays, capacity=2048)[0]
+
+    for seed in range(3):
+        program(*_inputs(seed=seed))
+    assert len(traces) == 1
+
+
+def test_capacity_too_small_is_counted_and_a_larger_one_is_exact():
+    arrays = _inputs(count=400)
+    exact, _, info = _rasterize(*arrays)
+    total = int(info["intersections"])
+    assert int(info["overflow"]) == 0
+    assert info["capacity"] >= total == int(info["tiles_per_gauss"].sum())
+    short, _, short_info = _rasterize(*arrays, capacity=total // 2)
+    assert int(short_info["overflow"]) == total - total // 2
+    assert float(jnp.abs(short - exact).max()) > 0.01
+    just, _, just_info = _rasterize(*arrays, capacity=total)
+    assert int(just_info["overflow"]) == 0
+    np.testing.assert_array_equal(just, exact)
+
+
+def test_capacity_inside_jit_defaults_to_a_generous_bound():
+    arrays = _inputs(count=400)
+    info = {}
+
+    @jax.jit
+    def program(*arrays):
+        image, _, details = _rasterize(*arrays)
+        info["capacity"] = details["capacity"]
+        return image, details["overflow"]
+
+    image, overflow = program(*arrays)
+    assert int(overflow) == 0
+    np.testing.assert_array_equal(image, _rasterize(*arrays)[0])
+    assert info["capacity"] >= 8 * 2 * 400
+
+
+def test_capacity_is_measured_under_an_eager_gradient():
+    arrays = _inputs(count=50, size=2.0)  # every Gaussian covers many tiles
+    capacities = []
+
+    def loss(means):
+        image, _, info = _rasterize(means, *arrays[1:])
+        capacities.append((info["capacity"], info["overflow"]))
+        return jnp.sum(image)
+
+    jax.grad(loss)(arrays[0])
+    assert capacities[0][0] >= 1024
+    assert int(capacities[0][1]) == 0
+
+
+def test_estimate_capacity_bounds_the_scene():
+    arrays = _inputs(count=400)
+    total = int(_rasterize(*arrays)[2]["intersections"])
+    estimate = estimate_capacity(*arrays[:4], *arrays[5:7], W, H)
+    assert 1.25 * total <= max(estimate, 1.25 * 1024)
+    assert estimate <= max(2 * total, 1280)
+
+
+def test_absurdly_many_intersections_are_an_error_and_not_a_wrapped_count():
+    count = 3000
+    arrays = _inputs(count=count)
+    viewmats, Ks = (jnp.asarray(x) for x in scenes.cameras(1, 16384, 16384))
+    with pytest.raises(ValueError, match="2·10⁹"):
+        rasterize(
+            0.1 * arrays[0],
+            arrays[1],
+            jnp.full((count, 3), 30.0),
+            *arrays[3:5],
+            viewmats,
+            Ks,
+            16384,
+            16384,
+            backend="jax",
+        )
+
+
+def test_probes_give_mean_and_absolute_gradients():
+    arrays = _inputs(count=120)
+    probe = jnp.zeros((2, 120, 2))
+    rng = np.random.default_rng(0)
+    weight = jnp.asarray(rng.normal(size=(2, H, W, 3)), jnp.float32)
+
+    def loss(probe, absolute):
+        image = _rasterize(*arrays, means2d_probe=probe, absgrad_probe=absolute)[0]
+        return jnp.sum(weight * image)
+
+    mean_gradient, absolute_gradient = jax.grad(loss, argnums=(0, 1))(probe, probe)
+    p = projection.project(*arrays[:4], *arrays[5:7], W, H)
+    inputs = [torch.tensor(np.asarray(x)).double() for x in (p.means2d, p.conics, arrays[4], p.opacities)]
+    inputs[2] = inputs[2].expand(2, -1, -1)
+    inputs[0].requires_grad_(True)
+    image, alpha = torch_compositor.kernel(
+        *inputs, torch.tensor(np.asarray(p.radii)), torch.tensor(np.asarray(p.depths)), W, H, True
+    )
+    image = image + (1 - alpha) * torch.tensor(np.asarray(arrays[-1])).double()[:, None, None]
+    (expected,) = torch.autograd.grad((torch.tensor(np.asarray(weight)) * image).sum(), inputs[0])
+    scale = float(expected.abs().max())
+    np.testing.assert_allclose(mean_gradient, expected.numpy(), atol=1e-4 * scale)
+    np.testing.assert_allclose(absolute_gradient, inputs[0].absgrad.numpy(), atol=1e-4 * scale)
+    assert np.all(np.asarray(absolute_gradient) >= np.abs(np.asarray(mean_gradient)) - 1e-4 * scale)
+
+
+def test_auto_backend_is_logged_once(caplog):
+    render._auto_backend.cache_clear()
+    arrays = _inputs(count=5)
+    with caplog.at_level(logging.INFO, logger="renderer_bridge"):
+        for _ in range(2):
+            info = rasterize(*arrays[:7], W, H)[2]
+    lines = [record for record in caplog.records if "backend" in record.message]
+    assert len(lines) == 1
+    assert info["backend"] in lines[0].getMessage()

@@ -1,0 +1,44 @@
+"""Four fake devices under `jax.shard_map`, each rendering its own views, against the single-device result."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).parent
+
+
+def _run(*arguments: str) -> dict:
+    paths = os.pathsep.join([str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": paths,
+    }
+    done = subprocess.run(
+        [sys.executable, str(HERE / "shard_map_program.py"), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_four_devices_agree_with_one():
+    report = _run()
+    for backend in ("jax", "gsplat"):
+        assert report[backend]["value"] < 1e-5
+        assert report[backend]["image"] < 1e-5
+        assert report[backend]["gradient"] < 1e-4
+    # Forward in the forward pass and again in the backward pass, one view on each device every time.
+    assert report["views"] == [1] * 8
+
+
+def test_an_exception_on_every_device_is_a_sentence_and_not_a_hang():
+    assert "no more tiles" in _run("fail")["error"]
