@@ -137,8 +137,9 @@ def _rasterize_fwd(config: _Config, inputs: _Inputs, absgrad_probe: jax.Array):
 def _rasterize_bwd(config: _Config, inputs: _Inputs, cotangents):
     shapes = tuple(x.shape for x in inputs[:4]) + ((inputs.means2d.shape,) if config.absgrad else ())
     gradients = _call(config, _backward, shapes, (*inputs, *cotangents))
-    absgrad = gradients[4] if config.absgrad else jnp.zeros_like(inputs.means2d)
-    return _Inputs(*gradients[:4], None, jnp.zeros_like(inputs.depths)), absgrad
+    axes = varying.axes_of(inputs)
+    absgrad = gradients[4] if config.absgrad else varying.vary(jnp.zeros_like(inputs.means2d), axes)
+    return _Inputs(*gradients[:4], None, varying.vary(jnp.zeros_like(inputs.depths), axes)), absgrad
 
 
 _rasterize.defvjp(_rasterize_fwd, _rasterize_bwd)
@@ -160,7 +161,10 @@ def _backward(config: _Config, tensors):
     leaves = [tensor.detach().requires_grad_(True) for tensor in tensors[:4]]
     with torch.enable_grad():
         image, alpha = config.kernel(*leaves, *tensors[4:6], config.width, config.height, config.absgrad)
-        gradients = torch.autograd.grad((image, alpha), leaves, tensors[6:], allow_unused=True)
+        touched = image.requires_grad  # not where the kernel found nothing to blend
+        gradients = (
+            torch.autograd.grad((image, alpha), leaves, tensors[6:], allow_unused=True) if touched else [None] * 4
+        )
     gradients = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves, strict=True)]
     if config.absgrad:
         gradients.append(leaves[0].absgrad if hasattr(leaves[0], "absgrad") else torch.zeros_like(leaves[0]))

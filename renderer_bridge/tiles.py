@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from renderer_bridge import varying
 from renderer_bridge.binning import TILE, Bins, tile_grid
 from renderer_bridge.projection import ALPHA_FLOOR
 
@@ -74,7 +75,7 @@ def blend_tiles(
     packed = jnp.concatenate([means2d, conics, log_opacity[..., None], colors], -1).reshape(C * G, _HEAD + X)
     static = _Static(width, height, max_alpha, absgrad_probe is not None)
     if absgrad_probe is None:
-        absgrad_probe = jnp.zeros((C, G, 2), packed.dtype)
+        absgrad_probe = jnp.zeros_like(means2d)
     blended = _blend(static, packed, absgrad_probe.reshape(C * G, 2), bins)  # [C, H, W, X + 1]
     return blended[..., :X], 1.0 - blended[..., X:]
 
@@ -99,7 +100,8 @@ def _blend_bwd(static: _Static, residuals, cotangent: jax.Array):
     packed, bins, light, blended_to = residuals
     groups, _ = _group_tiles(bins, static)
     by_group = _image_to_tiles(cotangent, groups, static)  # [N, X + 1, S, P]
-    rows = jnp.zeros((packed.shape[0], packed.shape[1] + 2 * static.absgrad), packed.dtype)
+    axes = varying.axes_of(packed)
+    rows = varying.vary(jnp.zeros((packed.shape[0], packed.shape[1] + 2 * static.absgrad), packed.dtype), axes)
     table = _table(packed)
 
     def step(rows, xs):
@@ -107,7 +109,7 @@ def _blend_bwd(static: _Static, residuals, cotangent: jax.Array):
 
     rows, _ = lax.scan(step, rows, (groups, light, blended_to, by_group))
     width = packed.shape[1]
-    absolute = rows[:, width:] if static.absgrad else jnp.zeros((packed.shape[0], 2), packed.dtype)
+    absolute = rows[:, width:] if static.absgrad else varying.vary(jnp.zeros_like(rows[:, :2]), axes)
     return rows[:, :width], absolute, None
 
 
@@ -171,6 +173,7 @@ def _forward_group(static: _Static, table: jax.Array, bins: Bins, group: _Groups
 
     zeros = jnp.zeros((S, PIXELS), table.dtype)
     state = (jnp.int32(0), zeros + 1, jnp.zeros((S, PIXELS), jnp.int32), (zeros,) * X)
+    state = varying.vary(state, varying.axes_of((table, group)))
     _, light, blended_to, colors = lax.while_loop(unfinished, blend_chunk, state)
     blended_to = jnp.minimum(blended_to, group.counts[:, None])  # the group's longest list may have run past this one
     return jnp.stack(colors) if X else jnp.zeros((0, S, PIXELS), table.dtype), jnp.abs(light), blended_to

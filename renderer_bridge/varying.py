@@ -27,4 +27,8 @@ def vary(tree: Any, axes: frozenset) -> Any:
 
 
 def _axes(leaf: Any) -> frozenset:
-    return getattr(jax.typeof(leaf), "vma", None) or frozenset()
+    kind = jax.typeof(leaf)
+    # The attribute has moved between JAX versions: `.manual_axis_type.varying` (0.10), `.vma` (before).
+    if hasattr(kind, "manual_axis_type"):
+        return kind.manual_axis_type.varying
+    return getattr(kind, "vma", frozenset())

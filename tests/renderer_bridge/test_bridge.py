@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scenes
-import torch
 import torch_compositor
 
 from renderer_bridge import RasterizeError, gsplat_dlpack, rasterize
@@ -141,7 +140,7 @@ def test_compiles_once_per_static_configuration():
 
 def test_an_exception_in_the_kernel_is_a_sentence_and_the_next_call_works():
     kernel = Counting(fail=True)
-    with pytest.raises(Exception, match="tile rasterisation kernel failed .* ValueError: no more tiles"):
+    with pytest.raises(Exception, match=r"tile rasterisation kernel failed .* ValueError: no more tiles"):
         jax.block_until_ready(jax.jit(lambda *a: _bridge(*a, kernel=kernel)[0])(*_inputs()))
     kernel.fail = False
     assert np.isfinite(_bridge(*_inputs(), kernel=kernel)[0]).all()
@@ -185,14 +184,3 @@ def test_gaussians_nobody_sees_have_zero_gradients():
     arrays = _inputs()
     gradient = jax.grad(lambda m: jnp.sum(_bridge(m + 100, *arrays[1:])[0]))(arrays[0])
     assert np.all(np.asarray(gradient) == 0)
-
-
-def test_torch_tensors_of_a_callback_do_not_outlive_it():
-    """XLA reuses the memory; a kept tensor would be a dangling view."""
-    import gc
-
-    gc.collect()
-    before = sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
-    jax.block_until_ready(_bridge(*_inputs())[0])
-    gc.collect()
-    assert sum(isinstance(x, torch.Tensor) for x in gc.get_objects()) <= before
