@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from renderer_bridge import varying
@@ -25,6 +26,13 @@ from renderer_bridge.binning import TILE, Bins, tile_grid
 from renderer_bridge.projection import ALPHA_FLOOR
 
 PIXELS = TILE * TILE
+# A tile's pixels lie quadrant by quadrant in memory, for the sake of `_geometry_sums`.
+_SIDE = TILE // 2
+_BLOCK = _SIDE * _SIDE
+_PIXEL_Y, _PIXEL_X = (
+    axis.reshape(2, _SIDE, 2, _SIDE).transpose(0, 2, 1, 3).reshape(-1).astype(np.float32)
+    for axis in np.mgrid[:TILE, :TILE]
+)
 STOP = 1e-4  # a pixel stops before the Gaussian that would bring its transmittance to this
 _GROUP = 64
 _CHUNK = 4
@@ -224,13 +232,19 @@ def _geometry_sums(static: _Static, rows, px, py, falls) -> list[jax.Array]:
     """Sums over the pixels of a tile, each [U, S]: d mean x, y, conic xx, xy, yy, log opacity (, |d mean| x, y)."""
     U, S, _ = falls.shape
     mean_x, mean_y, half_xx, slope, half_rest = (rows[..., i] for i in range(5))
-    grid = falls.reshape(U, S, TILE, TILE)
-    dy = (mean_y[..., None] - py[:, ::TILE])[..., None]
-    dx = mean_x[..., None] - px[:, :TILE]
-    # Down the columns first: a sum over a leading axis vectorises, and only 16 numbers per tile are left for x.
-    down0, down1, down2 = jnp.sum(grid, 2), jnp.sum(grid * dy, 2), jnp.sum(grid * dy * dy, 2)
-    m, mx, mxx = jnp.sum(down0, -1), jnp.sum(down0 * dx, -1), jnp.sum(down0 * dx * dx, -1)
-    my, mxy, myy = jnp.sum(down1, -1), jnp.sum(down1 * dx, -1), jnp.sum(down2, -1)
+    # Moments 1, x, y, xx, xy, yy of each quadrant about its own centre by one matrix product, then moved to the mean.
+    # About the tile's centre float32 would lose a small Gaussian's second moments in the difference.
+    x, y = (jnp.asarray(v[:_BLOCK] - (_SIDE - 1) / 2, falls.dtype) for v in (_PIXEL_X, _PIXEL_Y))
+    basis = jnp.stack([jnp.ones_like(x), x, y, x * x, x * y, y * y], -1)
+    moments = jnp.dot(falls.reshape(-1, _BLOCK), basis, precision=lax.Precision.HIGHEST).reshape(U, S, -1, 6)
+    centre_x, centre_y = (v[:, ::_BLOCK] + (_SIDE - 1) / 2 for v in (px, py))
+    to_x, to_y = mean_x[..., None] - centre_x, mean_y[..., None] - centre_y
+    n, nx, ny, nxx, nxy, nyy = (moments[..., i] for i in range(6))
+    m = jnp.sum(n, -1)
+    mx, my = jnp.sum(to_x * n - nx, -1), jnp.sum(to_y * n - ny, -1)
+    mxx = jnp.sum(to_x * (to_x * n - 2 * nx) + nxx, -1)
+    mxy = jnp.sum(to_x * (to_y * n - ny) - to_y * nx + nxy, -1)
+    myy = jnp.sum(to_y * (to_y * n - 2 * ny) + nyy, -1)
     slope_x = 2 * half_xx * (mx + slope * my)
     sums = [-slope_x, -(slope * slope_x + 2 * half_rest * my), -0.5 * mxx, -mxy, -0.5 * myy, m]
     if static.absgrad:
@@ -265,9 +279,8 @@ def _rows(table, bins: Bins, group: _Groups, k, chunk: int) -> tuple[jax.Array, 
 
 
 def _pixel_centres(origins: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[S, 2] tile corners → x and y [S, P] of the pixel centres, row by row."""
-    index = jnp.arange(PIXELS, dtype=jnp.int32)
-    return origins[:, :1] + (index % TILE + 0.5), origins[:, 1:] + (index // TILE + 0.5)
+    """[S, 2] tile corners → x and y [S, P] of the pixel centres, quadrant by quadrant."""
+    return origins[:, :1] + (_PIXEL_X + 0.5), origins[:, 1:] + (_PIXEL_Y + 0.5)
 
 
 def _group_tiles(bins: Bins, static: _Static) -> tuple[_Groups, jax.Array]:
@@ -297,7 +310,7 @@ def _tiles_to_image(values: jax.Array, places: jax.Array, C: int, static: _Stati
     across, down = tile_grid(static.width, static.height)
     X = values.shape[1]
     by_tile = values.transpose(0, 2, 1, 3).reshape(-1, X, PIXELS)[places]
-    image = by_tile.reshape(C, down, across, X, TILE, TILE).transpose(0, 1, 4, 2, 5, 3)
+    image = by_tile.reshape(C, down, across, X, 2, 2, _SIDE, _SIDE).transpose(0, 1, 4, 6, 2, 5, 7, 3)
     return image.reshape(C, down * TILE, across * TILE, X)[:, : static.height, : static.width]
 
 
@@ -306,6 +319,7 @@ def _image_to_tiles(image: jax.Array, groups: _Groups, static: _Static) -> jax.A
     across, down = tile_grid(static.width, static.height)
     C, H, W, X = image.shape
     image = jnp.pad(image, ((0, 0), (0, down * TILE - H), (0, across * TILE - W), (0, 0)))
-    by_tile = image.reshape(C, down, TILE, across, TILE, X).transpose(0, 1, 3, 5, 2, 4).reshape(-1, X, PIXELS)
+    image = image.reshape(C, down, 2, _SIDE, across, 2, _SIDE, X)
+    by_tile = image.transpose(0, 1, 4, 7, 2, 5, 3, 6).reshape(-1, X, PIXELS)
     N, S = groups.tiles.shape
     return by_tile[groups.tiles.reshape(-1)].reshape(N, S, X, PIXELS).transpose(0, 2, 1, 3)
