@@ -218,9 +218,9 @@ def _backward_group(static, table, bins, gradient, group, light, blended_to, cot
         (light, behind), (falls, weights) = lax.scan(one, (light, behind), (alphas, rows[..., _HEAD:]), reverse=True)
         falls = jnp.where(alphas < clamped, falls, 0.0)  # −dL/dsigma, [U, S, P]
         sums = _geometry_sums(static, rows, px, py, falls)
-        for c in range(X):
-            sums.insert(_HEAD + c, jnp.sum(weights * color_cotangents[c], -1))
-        gradient = gradient.at[ids].add(jnp.stack(sums, -1), mode="promise_in_bounds")
+        of_colors = jnp.einsum("usp,xsp->usx", weights, color_cotangents, precision=lax.Precision.HIGHEST)
+        update = jnp.concatenate([jnp.stack(sums[:_HEAD], -1), of_colors, *(x[..., None] for x in sums[_HEAD:])], -1)
+        gradient = gradient.at[ids].add(update, mode="promise_in_bounds")
         return k - _BACK_CHUNK, light, behind, gradient
 
     last = (jnp.max(blended_to) - 1) // _BACK_CHUNK * _BACK_CHUNK
