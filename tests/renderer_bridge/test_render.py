@@ -36,12 +36,8 @@ def _rasterize(*arrays, **options):
     "options",
     [
         {},
-        {"rasterize_mode": "antialiased"},
-        {"sh_degree": 3},
-        {"sh_degree": 1, "render_mode": "RGB+ED"},
+        {"sh_degree": 3, "render_mode": "RGB+ED", "rasterize_mode": "antialiased"},
         {"render_mode": "D"},
-        {"render_mode": "ED"},
-        {"render_mode": "RGB+D"},
     ],
     ids=lambda o: "-".join(map(str, o.values())) or "plain",
 )
