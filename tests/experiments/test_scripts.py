@@ -26,7 +26,7 @@ def start(*command: str) -> subprocess.CompletedProcess:
 def test_quickstart_writes_what_it_names(tmp_path):
     done = start("-m", "experiments.quickstart", "--smoke", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    for name in ("head.png", "talking.mp4", "frame.ply", "avatar/", "fit/", "tokens.npz"):
+    for name in ("head.png", "splats.png", "talking.mp4", "frame.ply", "avatar/", "fit/", "tokens.npz"):
         assert name in done.stdout
         assert (tmp_path / name).exists()
     assert str(tmp_path) in done.stdout
@@ -40,7 +40,7 @@ def test_quickstart_writes_what_it_names(tmp_path):
     avatar = load_avatar(tmp_path / "avatar")
     np.testing.assert_array_equal(fit.binding, avatar.rig.binding)
     frame = load_ply(tmp_path / "frame.ply")
-    assert frame.num_gaussians == avatar.gaussians.num_gaussians == 2000
+    assert frame.num_gaussians == avatar.gaussians.num_gaussians == 3000
     assert np.abs(np.asarray(frame.means - avatar.gaussians.means)).max() > 0.01
     tokens = np.load(tmp_path / "tokens.npz")["tokens"]
     _, binding = PointTokenizer(num_faces=avatar.rig.num_faces).decode(tokens)
