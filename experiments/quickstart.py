@@ -140,7 +140,7 @@ def gaussians_on_the_mesh(model: FlameModel, canonical: FlameParams, num: int, r
     corners = triangles - centers[:, None]
     values, axes = np.linalg.eigh(np.einsum("fca,fcb->fab", corners, corners) / 12)
     axes = axes * np.sign(np.linalg.det(axes))[:, None, None]
-    # Twice a triangle's own spread closes the gaps at its corners. Several in one face overlap, because they lie at random.
+    # Twice a triangle's own spread closes the gaps at its corners. Several in one face lie at random and overlap more.
     sizes = 2.1 * np.sqrt(np.maximum(values, 1e-9)) / counts[:, None] ** 0.35
     sizes[:, 0] = 0.1 * sizes[:, 2]
 
