@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from absl import app
+from absl import app, flags
 
 from pointillist_jax.files import UserError
 
@@ -28,11 +28,22 @@ def run(main: Callable[[], None]) -> None:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value (see --help).")
             main()
-        except (UserError, FileNotFoundError, FileExistsError, PermissionError) as error:
-            print(f"error: {error}", file=sys.stderr)
+        except (UserError, OSError) as error:
+            system = isinstance(error, OSError) and error.strerror
+            said = f"{error.filename}: {error.strerror.lower()}; choose another path." if system else error
+            print(f"error: {said}", file=sys.stderr)
             sys.exit(2)
 
-    app.run(guarded)
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return flags.FLAGS(argv)
+        except flags.Error as error:
+            print(f"error: {error} (see --help)", file=sys.stderr)
+            sys.exit(2)
+
+    # absl's own parser also serves --help and its kin.
+    asks = any(arg.lstrip("-") in ("help", "helpfull", "helpshort", "helpxml", "?") for arg in sys.argv[1:])
+    app.run(guarded, **({} if asks else {"flags_parser": parse}))
 
 
 def json_line(name: str, figures: Mapping[str, Any]) -> None:

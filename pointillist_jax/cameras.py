@@ -93,7 +93,11 @@ def look_at(
     """OpenCV world-to-camera matrices of cameras at `position` that look at `target`, `up` upwards in the image."""
     position, target = jnp.asarray(position, jnp.float32), jnp.asarray(target, jnp.float32)
     forward = _unit(target - position)
-    right = _unit(jnp.cross(forward, jnp.asarray(up, jnp.float32)))
+    # Looking straight along `up` leaves the roll open; the top of the image then points to the head's back or front.
+    up = jnp.asarray(up, jnp.float32)
+    along = jnp.sum(forward * _unit(up), axis=-1, keepdims=True)
+    up = jnp.where(jnp.abs(along) > 1 - 1e-6, jnp.array([0.0, 0.0, -1.0]) * -jnp.sign(along), up)
+    right = _unit(jnp.cross(forward, up))
     rotation = jnp.stack([right, jnp.cross(forward, right), forward], axis=-2)
     shift = -jnp.einsum("...ab,...b->...a", rotation, position)
     return _assemble(rotation, shift)
@@ -178,6 +182,12 @@ def _frame(path: Path, index: int, frame: Any, top: dict[str, Any], cy_from_bott
             raise FileFormatError(f"{where}: {key} is {value!r}, expected a number in [{low}, {high}].")
         return value
 
+    def index(key: str) -> int:
+        value = number(key, 0, 1 << 31) or 0
+        if value != int(value):
+            raise FileFormatError(f"{where}: {key} is {value!r}, expected a whole number.")
+        return int(value)
+
     def required(key: str, low: float, high: float) -> float:
         value = number(key, low, high)
         if value is None:
@@ -197,7 +207,9 @@ def _frame(path: Path, index: int, frame: Any, top: dict[str, Any], cy_from_bott
         raise FileFormatError(f"{where}: w and h are {width} × {height}, expected whole pixels.")
     focal = []
     for key, angle_key, side in (("fl_x", "camera_angle_x", width), ("fl_y", "camera_angle_y", height)):
-        value = number(key, 1e-3, 1e7)
+        # A frame's own angle goes before a focal length shared by all frames.
+        own_angle = frame.get(key) is None and frame.get(angle_key) is not None
+        value = None if own_angle else number(key, 1e-3, 1e7)
         if value is None and (angle := number(angle_key, 1e-4, math.pi - 1e-4)) is not None:
             value = 0.5 * side / math.tan(0.5 * angle)
         focal.append(value)
@@ -223,8 +235,8 @@ def _frame(path: Path, index: int, frame: Any, top: dict[str, Any], cy_from_bott
         image_path=image,
         mask_path=file("fg_mask_path"),
         flame_param_path=file("flame_param_path"),
-        timestep_index=int(number("timestep_index", 0, 1 << 31) or 0),
-        camera_index=int(number("camera_index", 0, 1 << 31) or 0),
+        timestep_index=index("timestep_index"),
+        camera_index=index("camera_index"),
         camera_id=str(frame.get("camera_id", "")),
         timestep_id=str(frame.get("timestep_id", "")),
     )
@@ -237,7 +249,7 @@ def _pose(where: str, value: Any) -> np.ndarray:
         matrix = np.zeros(0)
     if matrix.shape == (3, 4):
         matrix = np.concatenate([matrix, [[0, 0, 0, 1]]])
-    if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or not np.array_equal(matrix[3], [0, 0, 0, 1]):
+    if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or not np.allclose(matrix[3], [0, 0, 0, 1], atol=1e-6):
         raise FileFormatError(f"{where}: transform_matrix must be 4 × 4 finite numbers whose last row is 0 0 0 1.")
     if np.abs(matrix[:3, :3].T @ matrix[:3, :3] - np.eye(3)).max() > 1e-2 or np.linalg.det(matrix[:3, :3]) < 0:
         raise FileFormatError(f"{where}: transform_matrix is not a rotation and a translation; the file is damaged.")

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -20,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-# No array this project reads from an .npz is larger; a header that claims more is damaged or hostile.
-MAX_ARRAY_BYTES = 8 << 30
+# No .npz this project reads unpacks to more; one that claims to is damaged or hostile.
+MAX_FILE_BYTES = 4 << 30
 
 
 class UserError(ValueError):
@@ -50,9 +51,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes 0600 files; outputs follow the user's umask instead.
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes 0600 files; outputs follow the user's umask instead.
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -60,16 +59,29 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """As `atomic_path` for a folder: yields an empty temporary folder that takes the place of `path` at the end."""
+    """Yields an empty temporary folder that takes the place of `path` when the block ends without an exception.
+
+    Folders cannot be exchanged in one step: a kill between the two renames leaves the old folder under a hidden name
+    beside the new one, never half of either. Any other failure puts the old one back.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.tmp-") as holder:
-        new, old = Path(holder) / "new", Path(holder) / "old"
-        new.mkdir()
+    new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
+    old = new.with_name(new.name + "-old")
+    try:
         yield new
+        new.chmod(0o777 & ~_umask())
         if path.exists():
             os.replace(path, old)
-        os.replace(new, path)
+        try:
+            os.replace(new, path)
+        except BaseException:
+            if old.exists():
+                os.replace(old, path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def read_json(path: str | os.PathLike, what: str, max_bytes: int = 256 << 20) -> dict[str, Any]:
@@ -135,9 +147,16 @@ _KINDS = {"float": "f", "int": "iu", "str": "U"}
 def check_array(source: str, key: str, array: np.ndarray, spec: ArraySpec, letters: dict[str, int]) -> None:
     """Raises FileFormatError, naming file and key, unless `array` is what `spec` says. `letters` binds axis names."""
     check_header(source, key, array.shape, array.dtype, spec, letters)
-    if spec.kind == "float" and not np.isfinite(array).all():
-        bad = int((~np.isfinite(array)).sum())
-        raise FileFormatError(f"{source}: {key} holds {bad} NaN or infinite values; write the file again without them.")
+    if spec.kind == "float":
+        # Everything is used as float32 sooner or later: a float64 beyond it would become infinite.
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(array.astype(np.float32))
+        if bad := int((~finite).sum()):
+            raise FileFormatError(
+                f"{source}: {key} holds {bad} NaN or infinite values; write the file again without them."
+            )
+    if spec.kind == "str" and array.size and array.view(np.uint32).max() > 0x10FFFF:
+        raise FileFormatError(f"{source}: {key} holds characters that do not exist; the file is damaged.")
     if array.size and spec.kind != "str":
         low, high = array.min(), array.max()
         if (spec.low is not None and low < spec.low) or (spec.high is not None and high > spec.high):
@@ -153,14 +172,15 @@ def check_header(source: str, key: str, shape, dtype: np.dtype, spec: ArraySpec,
         raise FileFormatError(f"{source}: {key} has dtype {dtype}, expected {spec.kind}; convert it and save again.")
     expected = tuple(letters.get(n, n) if isinstance(n, str) else n for n in spec.shape)
     fits = len(shape) == len(expected) and all(
-        not isinstance(want, int) or have == want for have, want in zip(shape, expected, strict=True)
+        type(have) is int and have >= 0 and (not isinstance(want, int) or have == want)
+        for have, want in zip(shape, expected, strict=True)
     )
     if not fits:
         want = ", ".join("any" if n is None else str(n) for n in expected)
         raise FileFormatError(
             f"{source}: {key} has shape {tuple(shape)}, expected ({want}); the file is damaged or of another layout."
         )
-    if math.prod(shape) * dtype.itemsize > MAX_ARRAY_BYTES:
+    if math.prod(shape) * dtype.itemsize > MAX_FILE_BYTES:
         raise FileFormatError(f"{source}: {key} claims {tuple(shape)} values, more than this program ever reads.")
     letters.update({n: have for n, have in zip(spec.shape, shape, strict=True) if isinstance(n, str)})
 
@@ -182,6 +202,7 @@ def read_npz(path: str | os.PathLike, specs: Mapping[str, ArraySpec], what: str)
     path = require_file(path, what)
     arrays: dict[str, np.ndarray] = {}
     letters: dict[str, int] = {}
+    total = 0
     try:
         with zipfile.ZipFile(path) as archive:
             members = {Path(i.filename).stem: i for i in archive.infolist() if i.filename.endswith(".npy")}
@@ -192,9 +213,22 @@ def read_npz(path: str | os.PathLike, specs: Mapping[str, ArraySpec], what: str)
                     found = ", ".join(sorted(members)[:12]) or "no arrays"
                     raise FileFormatError(f"{path}: {key} is missing (found: {found}); is this {what}?")
                 arrays[key] = _read_member(archive, members[key], str(path), key, spec, letters)
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
-        raise FileFormatError(f"{path} cannot be read as .npz ({error}); copy or write it again.") from None
+                total += arrays[key].nbytes
+                if total > MAX_FILE_BYTES:
+                    raise FileFormatError(f"{path} unpacks to more than {MAX_FILE_BYTES >> 30} GiB; is this {what}?")
+    except FileFormatError:
+        raise
+    except Exception as error:  # Damaged zip, deflate or NumPy headers raise a dozen different errors.
+        reason = str(error)[:200] or type(error).__name__
+        raise FileFormatError(f"{path} cannot be read as .npz ({reason}); copy or write it again.") from None
     return arrays
+
+
+def _umask() -> int:
+    # It can only be read by setting it; the strictest value in between exposes nothing other threads write meanwhile.
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
 
 
 def _read_member(archive, info: zipfile.ZipInfo, source: str, key: str, spec: ArraySpec, letters) -> np.ndarray:
@@ -205,8 +239,9 @@ def _read_member(archive, info: zipfile.ZipInfo, source: str, key: str, spec: Ar
                 np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             )
             shape, fortran, dtype = read_header(member)
-        except ValueError as error:
-            raise FileFormatError(f"{source}: {key} has a damaged header ({error}); write the file again.") from None
+        except Exception as error:  # NumPy evaluates the header as a literal: whatever Python's parser may say.
+            reason = str(error)[:200] or type(error).__name__
+            raise FileFormatError(f"{source}: {key} has a damaged header ({reason}); write the file again.") from None
         check_header(source, key, shape, dtype, spec, letters)
         size = math.prod(shape) * dtype.itemsize
         if info.file_size < size:

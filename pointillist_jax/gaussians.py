@@ -125,7 +125,8 @@ def load_ply(path: str | os.PathLike, *, num_faces: int | None = None) -> Gaussi
     return Gaussians(
         means=jnp.asarray(means),
         quats=jnp.asarray((quats / norms).astype(np.float32)),
-        scales=jnp.asarray(np.exp(raw_scales)),
+        # Below e^-80 float32 would round to zero, but scales are positive.
+        scales=jnp.asarray(np.exp(np.maximum(raw_scales, -80))),
         opacities=jnp.asarray(_sigmoid(raw_opacities)),
         colors=colors,
         sh=sh,
@@ -149,10 +150,26 @@ def save_ply(path: str | os.PathLike, gaussians: Gaussians) -> None:
     if (gaussians.colors is None) == (gaussians.sh is None):
         raise UserError("Gaussians need exactly one of colors and sh.")
     g = len(means)
+    expected = {
+        "means": (g, 3),
+        "quats": (g, 4),
+        "scales": (g, 3),
+        "opacities": (g,),
+        "colors": (g, 3),
+        "binding": (g,),
+    }
+    for name, shape in expected.items():
+        value = getattr(gaussians, name)
+        if value is not None and np.shape(value) != shape:
+            raise UserError(f"{name} has shape {np.shape(value)}, expected {shape}; nothing was written.")
+    if g and np.linalg.norm(np.asarray(gaussians.quats, np.float64), axis=1).min() < 1e-12:
+        raise UserError("quats holds rotations of length zero; nothing was written.")
     if gaussians.sh is None:
         dc, rest = (np.asarray(gaussians.colors, np.float64) - 0.5) / SH_C0, np.zeros((g, 0))
     else:
         sh = np.asarray(gaussians.sh, np.float32)
+        if sh.ndim != 3 or sh.shape[::2] != (g, 3):
+            raise UserError(f"sh has shape {sh.shape}, expected ({g}, K, 3); nothing was written.")
         dc, rest = sh[:, 0], sh[:, 1:].transpose(0, 2, 1).reshape(g, 3 * (sh.shape[1] - 1))
         if rest.shape[1] not in _SH_REST:
             raise UserError(f"sh has {sh.shape[1]} coefficients; expected 1, 4, 9, 16 or 25.")
@@ -211,9 +228,14 @@ def save_avatar(
       provenance: anything JSON can hold, kept in avatar.json.
 
     Raises:
-      UserError: the bundle's path exists and is no bundle; values `save_ply` refuses.
+      UserError: the path exists and is no bundle; Gaussians and rig of different sizes; provenance that JSON cannot
+        hold; values `save_ply` refuses.
     """
     path, rig = Path(path), avatar.rig
+    if avatar.gaussians.num_gaussians != len(rig.binding):
+        raise UserError(
+            f"the avatar has {avatar.gaussians.num_gaussians} Gaussians, but its rig {len(rig.binding)} points."
+        )
     if path.exists() and not (path / "avatar.json").is_file():
         raise UserError(f"{path} exists and is not an avatar bundle; choose another name or remove it.")
     arrays = {name: np.asarray(getattr(rig, name)) for name in _RIG}
@@ -232,10 +254,14 @@ def save_avatar(
         "software": {"pointillist-jax": pointillist_jax.__version__},
         "provenance": dict(provenance or {}),
     }
+    try:
+        text = json.dumps(card, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"provenance cannot be written as JSON ({error}); use plain numbers and strings.") from None
     with atomic_folder(path) as folder:
         save_ply(folder / "gaussians.ply", avatar.gaussians.replace(binding=None))
         write_npz(folder / "rig.npz", arrays)
-        (folder / "avatar.json").write_text(json.dumps(card, indent=2) + "\n")
+        (folder / "avatar.json").write_text(text + "\n")
 
 
 def load_avatar(path: str | os.PathLike) -> Avatar:
@@ -275,7 +301,7 @@ _RIG = {
     "skin_weights": ArraySpec(("P", 5)),
     "rest_offset": ArraySpec(("P", 3)),
     "rest_linear": ArraySpec(("P", 3, 3)),
-    "canonical_scale": ArraySpec(("P",), low=0),
+    "canonical_scale": ArraySpec(("P",), low=1e-12),
 }
 _CANONICAL = {
     "shape": ArraySpec((None,)),
@@ -310,7 +336,8 @@ def _read_vertices(path: Path) -> dict[str, np.ndarray]:
         end = re.search(rb"\r?\nend_header\r?\n", head)
         if not re.match(rb"ply\r?\n", head) or end is None:
             raise FileFormatError(f"{path} is not a PLY file (no ply … end_header); check the path.")
-        lines = head[: end.start()].decode("latin1").splitlines()[1:]
+        # Not splitlines: in latin1 it also splits at bytes that UTF-8 comments are made of.
+        lines = [line.rstrip("\r") for line in head[: end.start()].decode("latin1").split("\n")[1:]]
         order, elements = _parse_header(path, lines)
         if "vertex" not in elements:
             raise FileFormatError(f"{path}: no vertex element, found: {', '.join(elements) or 'none'}.")
@@ -348,7 +375,7 @@ def _parse_header(path: Path, lines: list[str]) -> tuple[str, dict[str, list[lis
                 order = _PLY_ORDERS[name]
             case ["format", *_]:
                 raise FileFormatError(f"{path}: {line!r}; only binary PLY is read: save it as binary_little_endian.")
-            case ["element", name, count] if count.isdigit() and len(count) < 16 and name not in elements:
+            case ["element", name, count] if re.fullmatch("[0-9]{1,15}", count) and name not in elements:
                 current = elements[name] = [["count", count]]
             case ["property", *rest] if current is not None and len(rest) >= 2:
                 current.append(rest)
@@ -367,6 +394,8 @@ def _row_type(path: Path, element: str, rows: list[list[str]], order: str) -> tu
                 f"{path}: property {kind} {' '.join(name)} of {element} is not a number; save it without."
             )
         fields.append((name[0], order + _PLY_TYPES[kind]))
+    if not fields:
+        raise FileFormatError(f"{path}: element {element} has no properties; the file is damaged.")
     if len({name for name, _ in fields}) != len(fields):
         raise FileFormatError(f"{path}: a property of {element} is named twice; write the file again.")
     return int(rows[0][1]), np.dtype(fields)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import warnings
 from typing import NamedTuple
 
@@ -72,16 +73,23 @@ class PointTokenizer:
     upper: tuple[float, float, float] = DEFAULT_UPPER
 
     def __post_init__(self):
+        for name in ("num_faces", "bins"):
+            try:
+                object.__setattr__(self, name, operator.index(getattr(self, name)))
+            except TypeError:
+                raise UserError(f"{name}={getattr(self, name)!r} must be an integer.") from None
         for name in ("lower", "upper"):
-            value = np.broadcast_to(np.asarray(getattr(self, name), np.float64), (3,))
-            object.__setattr__(self, name, tuple(float(x) for x in value))
+            value = np.asarray(getattr(self, name), np.float64)
+            if value.shape not in ((), (1,), (3,)):
+                raise UserError(f"{name}={getattr(self, name)!r} must be one number or three.")
+            object.__setattr__(self, name, tuple(float(x) for x in np.broadcast_to(value, (3,))))
         if self.num_faces < 1 or self.bins < 2:
             raise UserError(f"num_faces={self.num_faces} must be at least 1 and bins={self.bins} at least 2.")
         if not all(
             math.isfinite(a) and math.isfinite(b) and a < b for a, b in zip(self.lower, self.upper, strict=True)
         ):
             raise UserError(f"lower={self.lower} must be below upper={self.upper} on every axis.")
-        if 3 * self._coordinate_bits + self._face_bits > 63:
+        if 3 * self._coordinate_bits + self._face_bits > 63 or self.padded_vocab_size >= 1 << 31:
             raise UserError(
                 f"bins={self.bins} and num_faces={self.num_faces} are too large to be sorted as one integer."
             )
@@ -128,6 +136,7 @@ class PointTokenizer:
           UserError: wrong shapes or dtypes, NaN, a binding outside the mesh, points outside the box.
         """
         points, binding = np.asarray(points), np.asarray(binding)
+        binding = binding.astype(np.int64) if binding.size == 0 else binding  # An empty list is an array of floats.
         if points.ndim != 2 or points.shape[1] != 3 or binding.shape != points.shape[:1]:
             raise UserError(f"points {points.shape} and binding {binding.shape} must be [P, 3] and [P].")
         if binding.dtype.kind not in "iu":
@@ -179,12 +188,15 @@ class PointTokenizer:
         """[P, 3] metres → [P, 3] int64 cells. The upper border belongs to the last cell. Raises as `encode`."""
         if out_of_bounds not in ("error", "clip"):
             raise UserError(f'out_of_bounds={out_of_bounds!r}: it must be "error" or "clip".')
-        points = np.asarray(points, np.float64)
+        points = np.asarray(points)
+        # A float32 point on the border is up to half a float32 step beyond the border in float64.
+        slack = np.abs([self.lower, self.upper]).max() * (1e-7 if points.dtype == np.float32 else 1e-15)
+        points = points.astype(np.float64)
         if not np.isfinite(points).all():
             bad = int((~np.isfinite(points)).any(axis=1).sum())
             raise UserError(f"{bad} of {len(points)} points are NaN or infinite; remove them before tokenising.")
         lower, upper = np.array(self.lower), np.array(self.upper)
-        if outside := int(((points < lower) | (points > upper)).any(axis=1).sum()):
+        if outside := int(((points < lower - slack) | (points > upper + slack)).any(axis=1).sum()):
             low, high = np.round(points.min(axis=0), 4).tolist(), np.round(points.max(axis=0), 4).tolist()
             said = (
                 f"{outside} of {len(points)} points lie outside the box {self.lower} to {self.upper} "

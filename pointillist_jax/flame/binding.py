@@ -6,6 +6,7 @@ Letters: V vertices, F faces, P points (one Gaussian each), J joints.
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import flax.struct
@@ -136,6 +137,7 @@ def bind_points(
       UserError: wrong shapes, a binding outside the mesh, points that are not finite, batched `canonical`.
     """
     points, binding = jnp.asarray(points, model.v_template.dtype), jnp.asarray(binding)
+    binding = binding.astype(jnp.int32) if binding.size == 0 else binding  # An empty list is an array of floats.
     if points.ndim != 2 or points.shape[-1] != 3 or binding.shape != points.shape[:1]:
         raise UserError(f"points {points.shape} and binding {binding.shape} must be [P, 3] and [P].")
     if any(jnp.ndim(x) > (2 if name == "static_offset" else 1) for name, x in vars(canonical).items() if x is not None):
@@ -175,16 +177,29 @@ def animate(
         corners have different weights (measured on the open head in experiments/LOG.md).
 
     Returns:
-      World-space Gaussians: means, quats and (with follow_stretch) scales with the leading axes of `params`.
+      World-space Gaussians, every field with the leading axes of `params`. Spherical harmonics are not rotated.
 
     Raises:
-      UserError: the rig belongs to a head with another number of faces; unknown `skinning`.
+      UserError: the rig belongs to a head with another number of faces, or to other Gaussians; unknown `skinning`.
     """
-    rig = avatar.rig
+    rig, num = avatar.rig, avatar.gaussians.num_gaussians
+    if avatar.gaussians.binding is not None:
+        warnings.warn(
+            "an avatar's Gaussians are in world space, but these carry a binding as triangle-local ones do: if they "
+            "came out of a GaussianAvatars file, use local_to_global first.",
+            stacklevel=2,
+        )
+    if num != rig.binding.shape[0]:
+        raise UserError(f"the avatar has {num} Gaussians, but its rig {rig.binding.shape[0]} points: bind them again.")
     if rig.num_faces != flame_model.num_faces:
         raise UserError(
             f"the avatar is bound to a head with {rig.num_faces} faces, but {flame_model.source or 'this model'} has "
             f"{flame_model.num_faces}: animate it with the head it was made for."
+        )
+    if rig.model_sha256 and flame_model.sha256 and rig.model_sha256 != flame_model.sha256:
+        warnings.warn(
+            f"the avatar was bound to another file than {flame_model.source}; FLAME editions are not interchangeable.",
+            stacklevel=2,
         )
     if skinning not in ("surface", "interpolated"):
         raise UserError(f'skinning={skinning!r}: it must be "surface" or "interpolated".')
@@ -226,7 +241,17 @@ def _animate(avatar: Avatar, model: FlameModel, params: FlameParams, follow_stre
         if follow_stretch:
             growth = _scales(posed.vertices, model.faces)[..., rig.binding] / rig.canonical_scale
             moved = moved.replace(scales=avatar.gaussians.scales * growth[..., None])
-    return moved
+        # One set of leading axes for all fields, whichever of the parameters had them.
+        batch = means.shape[:-2]
+        ranks = {"means": 2, "quats": 2, "scales": 2, "opacities": 1, "colors": 2, "sh": 3}
+        fields = {name: getattr(moved, name) for name in ranks}
+        return moved.replace(
+            **{
+                name: jnp.broadcast_to(x, (*batch, *x.shape[x.ndim - ranks[name] :]))
+                for name, x in fields.items()
+                if x is not None
+            }
+        )
 
 
 @functools.partial(jax.jit, static_argnames="clamp")
@@ -321,8 +346,10 @@ def _closest_barycentrics(points, triangle):
 def _frames_of(local: Gaussians, frames: FaceFrames):
     if local.binding is None:
         raise UserError("these Gaussians have no binding: only triangle-local ones can be placed on a mesh.")
-    check_binding(local.binding, frames.center.shape[-2])
-    b = local.binding
+    b = jnp.asarray(local.binding)
+    if b.shape != (local.num_gaussians,):
+        raise UserError(f"binding has shape {b.shape}, expected ({local.num_gaussians},): one face for each Gaussian.")
+    check_binding(b, frames.center.shape[-2])
     return frames.rotation[..., b, :, :], frames.scale[..., b], frames.center[..., b, :]
 
 

@@ -166,12 +166,13 @@ def load_flame(
         raise FileFormatError(
             f"{path} is {path.stat().st_size >> 20} MiB, far more than a FLAME model; check the path."
         )
-    if n_shape < 0 or n_expr < 0:
-        raise UserError(f"n_shape={n_shape} and n_expr={n_expr} must not be negative.")
-    if path.suffix == ".npz":
+    if not (0 <= n_shape <= FLAME_SHAPE_DIRS and 0 <= n_expr <= FLAME_EXPR_DIRS):
+        raise UserError(
+            f"n_shape={n_shape} must lie in 0..{FLAME_SHAPE_DIRS}, n_expr={n_expr} in 0..{FLAME_EXPR_DIRS}."
+        )
+    if path.suffix.lower() == ".npz":
         return _trim(_load_npz(path), n_shape, n_expr)
-    content = load_flame_pickle(path.read_bytes(), str(path))
-    arrays = _check_pickle(content, str(path))
+    arrays = _check_pickle(load_flame_pickle(path.read_bytes(), str(path), _PICKLE), str(path))
     model = FlameModel(
         **arrays,
         expr_names=tuple(f"expr_{i:02d}" for i in range(arrays["expr_dirs"].shape[-1])),
@@ -250,6 +251,15 @@ _NPZ = {
     "expr_names": ArraySpec(("E",), "str"),
     "region_names": ArraySpec((None,), "str"),
 }
+_PICKLE = {
+    "v_template": ArraySpec(("V", 3), low=-_FAR, high=_FAR),
+    "f": ArraySpec(("F", 3), "int", low=0),
+    "shapedirs": ArraySpec(("V", 3, FLAME_SHAPE_DIRS + FLAME_EXPR_DIRS), low=-_FAR, high=_FAR),
+    "posedirs": ArraySpec(("V", 3, 36), low=-_FAR, high=_FAR),
+    "J_regressor": ArraySpec((5, "V"), low=-_FAR, high=_FAR),
+    "weights": ArraySpec(("V", 5), low=-1e-4, high=1 + 1e-4),
+    "kintree_table": ArraySpec((2, 5), "int"),
+}
 _STATIC = ("parents", "expr_names", "region_names")
 
 
@@ -264,28 +274,12 @@ def _load_npz(path: Path, prefix: str = "") -> FlameModel:
     return _to_jax(FlameModel(**arrays, **names, parents=parents, source=path.name, sha256=file_sha256(path)))
 
 
-def _check_pickle(content: dict[str, Any], source: str) -> dict[str, Any]:
-    """FLAME's dictionary → the array fields and parents of FlameModel, as NumPy, checked."""
-    keys = {
-        "v_template": ArraySpec(("V", 3), low=-_FAR, high=_FAR),
-        "f": ArraySpec(("F", 3), "int", low=0),
-        "shapedirs": ArraySpec(("V", 3, FLAME_SHAPE_DIRS + FLAME_EXPR_DIRS), low=-_FAR, high=_FAR),
-        "posedirs": ArraySpec(("V", 3, 36), low=-_FAR, high=_FAR),
-        "J_regressor": ArraySpec((5, "V"), low=-_FAR, high=_FAR),
-        "weights": ArraySpec(("V", 5), low=-1e-4, high=1 + 1e-4),
-        "kintree_table": ArraySpec((2, 5), "int"),
-    }
+def _check_pickle(content: dict[str, np.ndarray], source: str) -> dict[str, Any]:
+    """FLAME's arrays → the array fields and parents of FlameModel, as NumPy, checked."""
     arrays, letters = {}, {}
-    for key, spec in keys.items():
-        if key not in content:
-            found = ", ".join(sorted(map(str, content))[:20])
-            raise FileFormatError(f"{source}: key {key} is missing (found: {found}); is this a FLAME model file?")
+    for key, spec in _PICKLE.items():
         value = content[key]
-        try:
-            value = np.asarray(value)
-        except ValueError:
-            raise FileFormatError(f"{source}: {key} is not an array; download the file again.") from None
-        # Old files keep index arrays as floats or unsigned integers.
+        # Old files keep index arrays as floats.
         if spec.kind == "int" and value.dtype.kind == "f" and np.array_equal(value, np.round(value)):
             value = value.astype(np.int64)
         check_array(source, key, value, spec, letters)

@@ -1,9 +1,10 @@
-"""A restricted unpickler for FLAME `.pkl` files: it rebuilds arrays and runs nothing.
+"""A restricted reader of FLAME `.pkl` files: it rebuilds arrays and runs nothing.
 
-FLAME's releases are pickles, and a pickle can call any function. Here every name a pickle refers to is mapped to a
-small data class of this file, so nothing of numpy, scipy, chumpy or the standard library is ever called by the
-stream; the classes only record what they are given and are turned into plain NumPy arrays after the load. Anything
-else raises `UnsafeFileError`. Old files need `latin1` strings and stand-ins for chumpy (facts/avatars_gsplat.md F).
+FLAME's releases are pickles, and a pickle can call any function. Here the stream is first scanned without being
+executed (number of operations, size of integers). Then it is loaded with every name it refers to replaced by an inert
+record, which only remembers the arguments and the state it is given. Afterwards the few keys a head needs are turned
+into plain NumPy arrays, by code that looks at the records and checks every size. Nothing of numpy, scipy, chumpy or the
+standard library is ever called by the stream. Old files need `latin1` strings and chumpy objects (facts F).
 """
 
 from __future__ import annotations
@@ -11,41 +12,68 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from pointillist_jax.files import FileFormatError, UnsafeFileError
 
-# Kinds of plain data an array may hold; "O" (objects) stays a list of already rebuilt values.
-_DTYPE = re.compile(r"[<>|=]?([biufSUcO]|bool|float|int|uint|complex)\d*")
+# A FLAME file takes some 500 pickle operations; deep nesting and long loops of a hostile one end here.
+_MAX_OPERATIONS = 20_000
+_MAX_SPARSE_CELLS = 1 << 26
+_DTYPE = re.compile(r"[<>|=]?(?:[biufS]\d*|bool|float\d+|u?int\d+)")
 
 
-def load_flame_pickle(data: bytes, source: str) -> dict[str, Any]:
-    """Returns the pickle's dictionary with arrays as NumPy arrays, sparse matrices dense and bytes keys decoded.
+def load_flame_pickle(data: bytes, source: str, keys: Iterable[str]) -> dict[str, np.ndarray]:
+    """Returns the arrays under `keys` of a pickled dictionary; other keys are not even looked at.
 
     Args:
       data: the file's bytes.
       source: its path, for messages.
+      keys: what to read. Sparse matrices become dense, chumpy objects their values.
 
     Raises:
       UnsafeFileError: the pickle refers to something that is not array data; nothing of it was executed.
-      FileFormatError: not a pickle, truncated, or not a dictionary.
+      FileFormatError: not a pickle, truncated, not a dictionary, a key is missing or not an array.
     """
     try:
+        _scan(data)
         content = _Unpickler(io.BytesIO(data), source).load()
-        if not isinstance(content, dict):
-            kind = type(content).__name__.strip("_")
-            raise FileFormatError(f"{source} holds a {kind}, expected FLAME's dictionary; is this a FLAME model file?")
-        return {_text(key): _plain(value, 0) for key, value in content.items()}
-    except (UnsafeFileError, FileFormatError):
+    except FileFormatError:
         raise
-    except RecursionError:
-        raise FileFormatError(f"{source} is nested too deeply for a FLAME file; download it again.") from None
     except Exception as error:  # A damaged stream can raise nearly anything inside the pickle machine.
-        reason = str(error) or type(error).__name__
+        reason = str(error)[:200] or type(error).__name__
         raise FileFormatError(f"{source} is damaged or not a pickle ({reason}); download it again.") from None
+    if type(content) is not dict:
+        kind = type(content).__name__.strip("_")
+        raise FileFormatError(f"{source} holds a {kind}, expected FLAME's dictionary; is this a FLAME model file?")
+    named = {_text(key): value for key, value in content.items() if isinstance(key, (str, bytes))}
+    arrays = {}
+    for key in keys:
+        if key not in named:
+            found = ", ".join(name[:40] for name in sorted(named)[:20]) or "no names"
+            raise FileFormatError(f"{source}: key {key} is missing (found: {found}); is this a FLAME model file?")
+        try:
+            arrays[key] = _array(named[key])
+        except Exception as error:  # Whatever a hostile record makes NumPy say.
+            reason = str(error)[:200] or type(error).__name__
+            raise FileFormatError(f"{source}: {key} is not an array ({reason}); download the file again.") from None
+    return arrays
+
+
+def _scan(data: bytes) -> None:
+    """Walks through the stream without executing it, and refuses what no FLAME file holds."""
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if count >= _MAX_OPERATIONS:
+            raise ValueError(f"more than {_MAX_OPERATIONS} operations")
+        if isinstance(argument, int) and not -(1 << 63) <= argument < 1 << 64:
+            raise ValueError("an integer of more than 64 bits")
+        # The C unpickler allocates its memo as large as the largest index.
+        if "PUT" in opcode.name and int(argument) > _MAX_OPERATIONS:
+            raise ValueError("a memo index out of range")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -54,223 +82,274 @@ class _Unpickler(pickle.Unpickler):
         self._source = source
 
     def find_class(self, module: str, name: str) -> Any:
-        if found := _NAMES.get((module, name)):
-            return found
-        root = module.partition(".")[0]
-        if root == "numpy" and name in _NUMPY:
-            return _NUMPY[name]
-        if (
-            root == "scipy"
-            and module.startswith("scipy.sparse")
-            and re.fullmatch(r"(csc|csr|coo)_(matrix|array)", name)
-        ):
-            return _SPARSE[name[:3]]
-        if root == "chumpy":
-            return _Select if name == "Select" else _Chumpy
-        raise UnsafeFileError(
-            f"{self._source} refers to {module}.{name}, which a FLAME model file never needs; "
-            "nothing was executed: do not use this file, download FLAME from its own site."
-        )
+        root, record = module.partition(".")[0], _NAMES.get((module, name))
+        if root == "numpy":
+            record = _NUMPY.get(name)
+        elif root == "scipy" and module.startswith("scipy.sparse"):
+            sparse = re.fullmatch(r"(csc|csr|coo|bsr|dia|dok|lil)_(matrix|array)", name)
+            record = _SPARSE.get(name[:3], _Opaque) if sparse else None
+        elif root == "chumpy":
+            record = _Select if name == "Select" else _Chumpy
+        if record is None:
+            raise UnsafeFileError(
+                f"{self._source} refers to {module[:60]}.{name[:60]}, which a FLAME model file never needs; "
+                "nothing was executed: do not use this file, download FLAME from its own site."
+            )
+        return record
 
     def persistent_load(self, pid: Any) -> Any:
         raise UnsafeFileError(f"{self._source} refers to data outside itself; nothing was executed: do not use it.")
 
 
-class _Ndarray:
-    """Stands for the class `numpy.ndarray` where a pickle passes it as an argument."""
+class _Inert(type):
+    """Classes that a stream cannot change: BUILD on a class would otherwise set its attributes for every later load."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise TypeError("a record cannot be altered")
+
+    __delattr__ = __setattr__
 
 
-class _Object:
-    """Stands for `object` where old pickles pass it to `copy_reg._reconstructor`."""
+class _Record(metaclass=_Inert):
+    """What a stream makes of a name: its arguments and its state, remembered and not interpreted.
 
+    No `__dict__`: an attribute such as `__array_interface__` on a record would make NumPy read any address.
+    """
 
-class _Dtype:
-    def __init__(self, code: Any = "", *_flags: Any):
-        code = _text(code)
-        if not isinstance(code, str) or not _DTYPE.fullmatch(code):
-            raise ValueError(f"array of unexpected type {code!r}")
-        self.dtype = np.dtype(code)
+    __slots__ = ("args", "state")
 
-    def __setstate__(self, state: tuple) -> None:
-        order = _text(state[1])
-        if order in ("<", ">"):
-            self.dtype = self.dtype.newbyteorder(order)
-
-
-class _Array:
-    """An array while it is being rebuilt: numpy's `_reconstruct` makes it, its state fills it."""
-
-    value: Any = None
-
-    def __setstate__(self, state: tuple) -> None:
-        _version, shape, dtype, fortran, raw = state
-        self.value = _array(raw, dtype, shape, "F" if fortran else "C")
-
-
-def _array(raw: Any, dtype: Any, shape: tuple, order: str) -> Any:
-    shape = tuple(int(n) for n in shape)
-    dtype = dtype.dtype if isinstance(dtype, _Dtype) else _Dtype(dtype).dtype
-    if isinstance(raw, list):
-        if dtype.kind != "O":
-            raise ValueError("array whose data are a list")
-        return raw[0] if shape == () and len(raw) == 1 else raw
-    raw = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
-    if dtype.kind == "O" or any(n < 0 for n in shape) or len(raw) != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"array of shape {shape} with {len(raw)} bytes")
-    return np.frombuffer(raw, dtype).reshape(shape, order=order)
-
-
-def _reconstruct(_subtype: Any, _shape: Any = (0,), _code: Any = b"b") -> _Array:
-    return _Array()
-
-
-def _frombuffer(raw: Any, dtype: Any, shape: Any, order: str = "C") -> _Array:
-    array = _Array()
-    array.value = _array(raw, dtype, shape if isinstance(shape, (tuple, list)) else (shape,), _text(order))
-    return array
-
-
-def _scalar(dtype: Any, raw: Any = b"") -> _Array:
-    return _frombuffer(raw, dtype, ())
-
-
-def _encode(text: str, _encoding: str = "latin1") -> bytes:
-    # Python 3 writes bytes at protocol 2 as `_codecs.encode(text, "latin1")`.
-    return text.encode("latin1")
-
-
-def _bytes(*args: Any) -> bytes:
-    # Protocols below 3 write empty bytes as `bytes()`, those below 5 write bytearrays as a call with text and encoding.
-    if args and not isinstance(args[0], (str, bytes)):
-        raise ValueError("bytes made from something that is not text")
-    return b"" if not args else args[0] if isinstance(args[0], bytes) else args[0].encode("latin1")
-
-
-def _reconstructor(cls: Any, _base: Any = None, _state: Any = None) -> Any:
-    if cls not in (_Chumpy, _Select, *_SPARSE.values()):
-        raise ValueError("object of unexpected class")
-    return cls()
-
-
-class _Stateful:
-    """Keeps the attributes a pickle sets on an object; subclasses say what array they stand for."""
-
-    def __init__(self, *_args: Any):
-        self.state: dict[str, Any] = {}
-
-    def __new__(cls, *_args: Any):
+    def __new__(cls, *args: Any) -> _Record:
         made = super().__new__(cls)
-        made.state = {}
+        object.__setattr__(made, "args", args)
+        object.__setattr__(made, "state", None)
         return made
 
+    def __init__(self, *args: Any):
+        pass
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise TypeError("a record cannot be altered")
+
     def __setstate__(self, state: Any) -> None:
-        for part in state if isinstance(state, tuple) else (state,):
-            if isinstance(part, dict):
-                self.state.update({_text(k): v for k, v in part.items()})
+        object.__setattr__(self, "state", state)
 
-    def get(self, key: str, depth: int) -> Any:
-        if key not in self.state:
-            raise ValueError(f"{type(self).__name__.strip('_').lower()} object without {key}")
-        return _plain(self.state[key], depth)
+    # Containers such as OrderedDict are filled after they are made; their contents are never needed.
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        pass
+
+    def extend(self, values: Any) -> None:
+        pass
+
+    def attribute(self, name: str, default: Any = None) -> Any:
+        """An attribute out of the recorded state, which is a dictionary or a pair that holds one."""
+        for part in self.state if type(self.state) is tuple else (self.state,):
+            if type(part) is dict:
+                for key in (name, name.encode()):
+                    if key in part:
+                        return part[key]
+        return default
 
 
-class _Chumpy(_Stateful):
+class _Opaque(_Record):
+    """Something harmless that no head needs, such as an OrderedDict under an extra key."""
+
+    __slots__ = ()
+
+
+class _Ndarray(_Record):
+    """The class `numpy.ndarray`, only ever an argument."""
+
+    __slots__ = ()
+
+
+class _Dtype(_Record):
+    __slots__ = ()
+
+
+class _Encode(_Record):
+    """`_codecs.encode(text, "latin1")` and `bytes(…)`: how old protocols write bytes."""
+
+    __slots__ = ()
+
+
+class _Reconstruct(_Record):
+    """`numpy.…._reconstruct`: makes an array, which its state (version, shape, dtype, fortran, bytes) then fills."""
+
+    __slots__ = ()
+
+
+class _FromBuffer(_Record):
+    """`numpy.…._frombuffer(bytes, dtype, shape, order)`, of protocol 5."""
+
+    __slots__ = ()
+
+
+class _Scalar(_Record):
+    __slots__ = ()
+
+
+class _Reconstructor(_Record):
+    """`copy_reg._reconstructor(cls, object, None)`: an object of an old protocol, which its state then fills."""
+
+    __slots__ = ()
+
+
+class _Chumpy(_Record):
     """Any chumpy class: the value of a plain `chumpy.ch.Ch` lies under `x`; expressions have none and are refused."""
 
-    def array(self, depth: int) -> np.ndarray:
-        return np.asarray(self.get("x", depth))
+    __slots__ = ()
 
 
-class _Select(_Stateful):
+class _Select(_Record):
     """`chumpy.reordering.Select`: elements `idxs` of the flattened `a`, reshaped to `preferred_shape`."""
 
-    def array(self, depth: int) -> np.ndarray:
-        picked = np.asarray(self.get("a", depth)).ravel()[np.asarray(self.get("idxs", depth), np.int64)]
-        shape = _plain(self.state.get("preferred_shape"), depth)
-        return picked if shape is None else picked.reshape([int(n) for n in shape])
+    __slots__ = ()
 
 
-class _Sparse(_Stateful):
-    def dense(self, rows: np.ndarray, cols: np.ndarray, depth: int) -> np.ndarray:
-        shape = tuple(int(n) for n in (self.state.get("_shape") or self.state.get("shape") or ()))
-        data = np.asarray(self.get("data", depth), np.float64)
-        # FLAME's regressor is (5, 5023): anything near this bound is not one.
-        if len(shape) != 2 or min(shape) < 0 or math.prod(shape) > 1 << 26:
-            raise ValueError(f"sparse matrix of shape {shape}")
-        if not (len(rows) == len(cols) == len(data)):
-            raise ValueError("sparse matrix with index and data of different lengths")
-        for name, index, n in (("row", rows, shape[0]), ("column", cols, shape[1])):
-            if len(index) and not 0 <= index.min() <= index.max() < n:
-                raise ValueError(f"sparse matrix with a {name} index outside {shape}")
-        out = np.zeros(shape)
-        np.add.at(out, (rows, cols), data)
-        return out
-
-    def compressed(self, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        indptr = np.asarray(self.get("indptr", depth), np.int64)
-        indices = np.asarray(self.get("indices", depth), np.int64)
-        counts = np.diff(indptr)
-        if (counts < 0).any() or counts.sum() != len(indices):
-            raise ValueError("sparse matrix with a damaged index")
-        return np.repeat(np.arange(len(counts)), counts), indices
+class _Csc(_Record):
+    __slots__ = ()
 
 
-class _Csc(_Sparse):
-    def array(self, depth: int) -> np.ndarray:
-        cols, rows = self.compressed(depth)
-        return self.dense(rows, cols, depth)
+class _Csr(_Record):
+    __slots__ = ()
 
 
-class _Csr(_Sparse):
-    def array(self, depth: int) -> np.ndarray:
-        rows, cols = self.compressed(depth)
-        return self.dense(rows, cols, depth)
-
-
-class _Coo(_Sparse):
-    def array(self, depth: int) -> np.ndarray:
-        if "coords" in self.state:
-            rows, cols = self.get("coords", depth)
-        else:
-            rows, cols = self.get("row", depth), self.get("col", depth)
-        return self.dense(np.asarray(rows, np.int64), np.asarray(cols, np.int64), depth)
+class _Coo(_Record):
+    __slots__ = ()
 
 
 _SPARSE = {"csc": _Csc, "csr": _Csr, "coo": _Coo}
 _NUMPY = {
-    "_reconstruct": _reconstruct,
-    "_frombuffer": _frombuffer,
-    "scalar": _scalar,
+    "_reconstruct": _Reconstruct,
+    "_frombuffer": _FromBuffer,
+    "scalar": _Scalar,
     "ndarray": _Ndarray,
     "dtype": _Dtype,
+    "matrix": _Opaque,
 }
 _NAMES = {
-    ("copy_reg", "_reconstructor"): _reconstructor,
-    ("copyreg", "_reconstructor"): _reconstructor,
-    ("__builtin__", "object"): _Object,
-    ("builtins", "object"): _Object,
-    # Bookkeeping of chumpy objects: sets of names, never values.
-    ("__builtin__", "set"): set,
-    ("builtins", "set"): set,
-    **{(module, name): _bytes for module in ("__builtin__", "builtins") for name in ("bytes", "bytearray")},
-    ("_codecs", "encode"): _encode,
+    ("copy_reg", "_reconstructor"): _Reconstructor,
+    ("copyreg", "_reconstructor"): _Reconstructor,
+    ("collections", "OrderedDict"): _Opaque,
+    ("_codecs", "encode"): _Encode,
+    **{
+        (module, name): record
+        for module in ("__builtin__", "builtins")
+        for name, record in {
+            "bytes": _Encode,
+            "bytearray": _Encode,
+            **dict.fromkeys(("object", "set", "frozenset", "complex", "slice"), _Opaque),
+        }.items()
+    },
 }
+
+
+def _array(value: Any, depth: int = 0) -> np.ndarray:
+    """The array a record stands for. Every branch checks what it is given: records hold whatever the stream said."""
+    if depth > 8:
+        raise ValueError("nested too deeply")
+    kind, args = type(value), value.args if isinstance(value, _Record) else ()
+    if kind is _Reconstructor and args and isinstance(args[0], type) and issubclass(args[0], _Record):
+        kind = args[0]
+    if kind is _Reconstruct and type(value.state) is tuple and len(value.state) == 5:
+        _version, shape, dtype, fortran, raw = value.state
+        if type(raw) is list and shape == () and len(raw) == 1:
+            return _array(raw[0], depth + 1)  # A sparse matrix inside an array of objects.
+        return _filled(raw, dtype, shape, "F" if fortran is True or fortran == 1 else "C")
+    if kind is _FromBuffer and len(args) in (3, 4):
+        raw, dtype, shape = args[:3]
+        order = _text(args[3]) if len(args) == 4 else "C"
+        return _filled(raw, dtype, shape, "F" if order == "F" else "C")
+    if kind is _Scalar and len(args) == 2:
+        return _filled(args[1], args[0], (), "C")
+    if kind is _Chumpy:
+        return _array(value.attribute("x"), depth + 1)
+    if kind is _Select:
+        picked = _array(value.attribute("a"), depth + 1).ravel()[_indices(value, "idxs", depth)]
+        shape = value.attribute("preferred_shape")
+        return picked if shape is None else picked.reshape(_shape(shape))
+    if kind in (_Csc, _Csr, _Coo):
+        return _dense(value, kind, depth)
+    raise ValueError(f"it is a {kind.__name__.strip('_').lower()}")
+
+
+def _filled(raw: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
+    shape, dtype, raw = _shape(shape), _dtype(dtype), _raw(raw)
+    if len(raw) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{len(raw)} bytes for shape {shape}")
+    return np.frombuffer(raw, dtype).reshape(shape, order=order)
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    if type(value) is int:
+        value = (value,)
+    if type(value) not in (tuple, list) or len(value) > 4 or any(type(n) is not int for n in value):
+        raise ValueError("a shape that is no tuple of integers")
+    if any(not 0 <= n < 1 << 31 for n in value):
+        raise ValueError(f"shape {tuple(value)}")
+    return tuple(value)
+
+
+def _dtype(value: Any) -> np.dtype:
+    if type(value) is not _Dtype or not value.args:
+        raise ValueError("an array without a type")
+    code = _text(value.args[0])
+    if type(code) is not str or not _DTYPE.fullmatch(code):
+        raise ValueError(f"an array of unexpected type {str(code)[:20]!r}")
+    dtype = np.dtype(code)
+    order = _text(value.state[1]) if type(value.state) is tuple and len(value.state) > 1 else None
+    return dtype.newbyteorder(order) if order in ("<", ">") else dtype
+
+
+def _raw(value: Any) -> bytes:
+    if type(value) is _Encode:
+        value = value.args[0] if value.args else b""
+    if type(value) is str:
+        return value.encode("latin1")
+    if type(value) not in (bytes, bytearray):
+        raise ValueError("an array without bytes")
+    return bytes(value)
+
+
+def _dense(value: _Record, kind: type, depth: int) -> np.ndarray:
+    shape = value.attribute("_shape")
+    shape = _shape(value.attribute("shape") if shape is None else shape)
+    if len(shape) != 2 or math.prod(shape) > _MAX_SPARSE_CELLS:
+        raise ValueError(f"a sparse matrix of shape {shape}")
+    data = _numbers(_array(value.attribute("data"), depth + 1))
+    if kind is _Coo:
+        coords = value.attribute("coords")
+        pair = coords if type(coords) in (tuple, list) else (value.attribute("row"), value.attribute("col"))
+        rows, cols = (_numbers(_array(x, depth + 1)).astype(np.int64) for x in pair)
+    else:
+        counts = np.diff(_indices(value, "indptr", depth))
+        inner = _indices(value, "indices", depth)
+        if (counts < 0).any() or counts.sum() != len(inner) or len(counts) > max(shape):
+            raise ValueError("a sparse matrix with a damaged index")
+        outer = np.repeat(np.arange(len(counts)), counts)
+        rows, cols = (inner, outer) if kind is _Csc else (outer, inner)
+    if not rows.shape == cols.shape == data.shape or data.ndim != 1:
+        raise ValueError("a sparse matrix with indices and data of different lengths")
+    for index, n in ((rows, shape[0]), (cols, shape[1])):
+        if index.size and not 0 <= index.min() <= index.max() < n:
+            raise ValueError(f"a sparse matrix with an index outside {shape}")
+    out = np.zeros(shape)
+    np.add.at(out, (rows, cols), data)
+    return out
+
+
+def _indices(value: _Record, name: str, depth: int) -> np.ndarray:
+    return _numbers(_array(value.attribute(name), depth + 1)).astype(np.int64).ravel()
+
+
+def _numbers(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"numbers of type {array.dtype}")
+    return array
 
 
 def _text(value: Any) -> Any:
-    return value.decode("latin1") if isinstance(value, bytes) else value
-
-
-def _plain(value: Any, depth: int) -> Any:
-    """Turns the recorded objects into NumPy arrays, lists, dicts, strings and numbers."""
-    if depth > 32:
-        raise ValueError("nested too deeply")
-    if isinstance(value, _Array):
-        return _plain(value.value, depth + 1)
-    if isinstance(value, (_Chumpy, _Select, _Sparse)):
-        return value.array(depth + 1)
-    if isinstance(value, dict):
-        return {_text(k): _plain(v, depth + 1) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v, depth + 1) for v in value]
-    return _text(value)
+    return value.decode("latin1") if type(value) is bytes else value

@@ -330,3 +330,132 @@ def test_damaged_npz(tmp_path, flame_model):
     np.savez(objects, v_template=np.array([Bomb(os.system, "true")], object), allow_pickle=True)
     with pytest.raises(FileFormatError, match="v_template has dtype object"):
         load_flame(objects)
+
+
+# --- files that attacked earlier versions of the reader (found in review) ---
+
+
+def record(stream_of_state: bytes, name: bytes = b"numpy\nndarray\n") -> bytes:
+    """A stream {"v_template": <object with a state>}."""
+    return b"\x80\x02}(X\x0a\x00\x00\x00v_templatec" + name + b")\x81" + stream_of_state + b"bu."
+
+
+def load_stream(tmp_path, stream: bytes):
+    path = tmp_path / "evil.pkl"
+    path.write_bytes(stream)
+    with pytest.raises(FileFormatError, match=r"evil\.pkl") as caught:
+        load_flame(path)
+    assert len(str(caught.value)) < 1000
+    return str(caught.value)
+
+
+INTERFACE = pickle.dumps(
+    {"__array_interface__": {"shape": (9, 3), "typestr": "<f8", "data": (1 << 38, False), "version": 3}}, 2
+)[2:-1]
+
+
+@pytest.mark.parametrize(
+    "name", [b"numpy\nndarray\n", b"__builtin__\nobject\n", b"scipy.sparse\ncsc_matrix\n", b"chumpy.ch\nCh\n"]
+)
+def test_an_address_in_a_pickle_is_never_read(tmp_path, name):
+    load_stream(tmp_path, record(INTERFACE, name))  # A dictionary as state.
+    load_stream(tmp_path, record(b"N" + INTERFACE + b"\x86", name))  # The form that sets attributes.
+
+
+@pytest.mark.parametrize("name", [b"numpy\nndarray\n", b"numpy.core.multiarray\n_reconstruct\n", b"chumpy.ch\nCh\n"])
+def test_a_stream_cannot_alter_the_stand_ins(tmp_path, name):
+    from pointillist_jax.flame import unpickle
+
+    def snapshot():
+        return {n: dict(vars(c)) for n, c in vars(unpickle).items() if isinstance(c, type)}
+
+    before = snapshot()
+    for state in (b"}X\x05\x00\x00\x00stateK\x01s", b"N}X\x05\x00\x00\x00stateK\x01s\x86"):
+        load_stream(tmp_path, b"\x80\x02c" + name + state + b"b.")
+    assert snapshot() == before
+
+
+# Ten references to the list one level down, 28 levels deep.
+LAUGHS = b"".join(b"](" + b"h%c" % i * 10 + b"eq%c" % (i + 1) for i in range(28))
+LONG = b"\x8b" + (200_000).to_bytes(4, "little") + b"\x7f" * 200_000
+# An array of 2^28 bytes whose data are the integer 2^31 - 1.
+FROM_INTEGER = b"(K\x01J\x00\x00\x00\x10\x85cnumpy\ndtype\nU\x02f8\x85R\x89J\xff\xff\xff\x7ft"
+HUNGRY = {
+    "huge memo index": b"\x80\x02Nr\xff\xff\xff\x0f.",
+    "deep tuple as key": b"\x80\x02})" + b"\x85" * 1_000_000 + b"Ns.",
+    "billion laughs": b"\x80\x02}X\x0a\x00\x00\x00v_template]q\x00" + LAUGHS + b"s.",
+    "huge integers": b"\x80\x02}X\x01\x00\x00\x00a(" + LONG * 3 + b"ts.",
+    "bytes from an integer": record(FROM_INTEGER, b"numpy.core.multiarray\n_reconstruct\n"),
+    "a list": b"\x80\x02}X\x0a\x00\x00\x00v_template](K\x01K\x02es.",
+    "huge key": b"\x80\x02}(I" + b"9" * 4000 + b"\nNu.",
+}
+
+
+@pytest.mark.parametrize("name", HUNGRY)
+def test_small_files_cannot_exhaust_the_machine(tmp_path, name):
+    load_stream(tmp_path, HUNGRY[name])
+
+
+def test_keys_that_no_head_needs_are_not_even_looked_at(tmp_path):
+    import collections
+
+    extra = {
+        "ordered": collections.OrderedDict(a=1),
+        "set": frozenset({1}),
+        "slice": slice(1, 2),
+        "complex": 1j,
+        "matrix": np.matrix([[1.0]]),
+        "structured": np.zeros(2, [("a", "i4")]),
+        "date": np.array(["2020-01-01"], "datetime64[D]"),
+        "objects": np.array([None, "x"], object),
+        3: "a number as key",
+    }
+    for protocol in (2, 4):
+        assert_holds(load(write_flame(tmp_path / "f.pkl", {**CONTENT, **extra}, protocol=protocol)))
+
+
+def test_random_damage_to_files_is_always_a_sentence(tmp_path, rng):
+    """Flipped bytes in a pickle and in an npz: a model or FileFormatError, nothing else."""
+    small = random_flame(num_vertices=20, num_faces=30)
+    pkl = write_flame(tmp_path / "f.pkl", small)
+    npz = tmp_path / "f.npz"
+    save_flame(npz, load(pkl))
+    for path in (pkl, npz):
+        good = path.read_bytes()
+        refused = 0
+        for _ in range(150):
+            damaged = bytearray(good)
+            # Half of the flips near the ends, where the structure is.
+            where = rng.integers(0, len(good), 4) if rng.random() < 0.5 else -rng.integers(1, 2000, 4)
+            damaged[where[0]] = int(rng.integers(256))
+            damaged[where[1]] = int(rng.integers(256))
+            path.write_bytes(damaged)
+            try:
+                load(path)
+            except FileFormatError:
+                refused += 1
+        assert refused > 10
+
+
+def npz_with_header(path, header: bytes, payload: bytes = b""):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        header = header + b"\n"
+        archive.writestr("v_template.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + payload)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{'descr': '<f8', 'fortran_order': False, 'shape': (-1, 3), }",
+        b"{'descr': '<f8', 'fortran_order': False, 'shape': (True, 3), }",
+        b"{'descr': ',', 'fortran_order': False, 'shape': (1, 3), }",
+        b"((((((3",
+        b"{'descr': '<f8', 'fortran_order': False, 'shape': (" + b"-" * 9000 + b"1, 3), }",
+        b"{'descr': '|O', 'fortran_order': False, 'shape': (2, 3), }",
+    ],
+)
+def test_hostile_npz_headers(tmp_path, header):
+    path = tmp_path / "f.npz"
+    npz_with_header(path, header, bytes(1 << 20))
+    with pytest.raises(FileFormatError, match=r"f\.npz"):
+        load_flame(path)
