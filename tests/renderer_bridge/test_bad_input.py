@@ -20,6 +20,7 @@ def _inputs(count=20):
 
 def _render(width=W, height=H, backend="jax", **changes):
     options = {k: changes.pop(k) for k in list(changes) if k not in NAMES}
+    options.setdefault("capacity", 4096)
     return rasterize(**{**_inputs(), **changes}, width=width, height=height, backend=backend, **options)
 
 
