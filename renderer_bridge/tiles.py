@@ -36,6 +36,7 @@ _PIXEL_Y, _PIXEL_X = (
 STOP = 1e-4  # a pixel stops before the Gaussian that would bring its transmittance to this
 _GROUP = 64
 _CHUNK = 4
+_BACK_GROUP = 32
 _BACK_CHUNK = 8
 _NEVER = -1e4  # log-alpha of a Gaussian that does not touch the pixel; its exponential is 0
 _HEAD = 6  # leading columns of a packed row: mean x, y, conic xx, xy, yy, log opacity; colours follow
@@ -107,6 +108,8 @@ def _blend_fwd(static: _Static, packed: jax.Array, absgrad_probe: jax.Array, bin
 def _blend_bwd(static: _Static, residuals, cotangent: jax.Array):
     packed, bins, light, blended_to = residuals
     groups, _ = _group_tiles(bins, static)
+    # Smaller groups than in the forward pass: a step here keeps four times as many arrays in the cache.
+    groups, light, blended_to = jax.tree.map(_split_groups, (groups, light, blended_to))
     by_group = _image_to_tiles(cotangent, groups, static)  # [N, X + 1, S, P]
     axes = varying.axes_of(packed)
     rows = varying.vary(jnp.zeros((packed.shape[0], packed.shape[1] + 2 * static.absgrad), packed.dtype), axes)
@@ -303,6 +306,13 @@ def _group_tiles(bins: Bins, static: _Static) -> tuple[_Groups, jax.Array]:
         tiles=tiles.reshape(shape),
     )
     return groups, jnp.zeros(T, jnp.int32).at[order].set(jnp.arange(T, dtype=jnp.int32))
+
+
+def _split_groups(x: jax.Array) -> jax.Array:
+    """[N, S, …] → [N · k, S / k, …] with S / k = _BACK_GROUP where that divides S."""
+    N, S = x.shape[:2]
+    size = _BACK_GROUP if S % _BACK_GROUP == 0 else S
+    return x.reshape(N * S // size, size, *x.shape[2:])
 
 
 def _tiles_to_image(values: jax.Array, places: jax.Array, C: int, static: _Static) -> jax.Array:
