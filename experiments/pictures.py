@@ -157,7 +157,7 @@ def contact_sheet(images: Sequence[np.ndarray], labels: Sequence[str], columns: 
 def head_sheet(model, coarse=None, *, size: int = 192, columns: int = 8, seed: int = 0) -> np.ndarray:
     """Everything a head can do on one labelled sheet.
 
-    Views of the neutral head, eight random identities, every expression direction at 1, an open jaw, turned eyes and a
+    Views of the neutral head, eight random identities, every expression direction (at most 40) at 1, an open jaw, turned eyes and a
     turned neck; and a row of the coarse head if one is given.
 
     Args:
@@ -210,7 +210,8 @@ def _sheet_cells(model, size: int, seed: int, expressions: bool) -> tuple[list[n
     rng = np.random.default_rng(seed)
     for i in range(8 if expressions else 4):
         add(f"identity {i}", neutral.replace(shape=np.float32(rng.normal(size=n_shape))))
-    for i, name in enumerate(model.expr_names):
+    # FLAME has a hundred directions without names: the first, strongest ones tell enough.
+    for i, name in enumerate(model.expr_names[:40]):
         if expressions or name in ("mouth-open", "mouth-corner-puller", "eye-left-closure", "mouth-pursing"):
             add(name, neutral.replace(expr=neutral.expr.at[i].set(1.0)), **close)
     return images, labels

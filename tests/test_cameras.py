@@ -70,6 +70,13 @@ def test_orbit_looks_at_the_face_and_stays_upright():
     np.testing.assert_allclose(np.linalg.det(rotation), 1, atol=1e-5)
 
 
+def test_looking_straight_down_is_finite():
+    for y in (1.0, -1.0):
+        rotation = look_at(jnp.array([0.0, y, 0.0]), jnp.zeros(3))[:3, :3]
+        np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-6)
+        np.testing.assert_allclose(np.linalg.det(rotation), 1, atol=1e-6)
+
+
 def test_cameras_are_pytrees_under_jit(rng):
     camera = orbit(2, width=8, height=8)
     points = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
@@ -137,6 +144,8 @@ def test_shared_intrinsics_and_angles(tmp_path, rng):
     first, second = load_transforms(path)
     np.testing.assert_allclose(first.camera.Ks, [[50, 0, 50], [0, 50, 25], [0, 0, 1]], atol=1e-4)
     np.testing.assert_allclose(second.camera.Ks, [[10, 0, 50], [0, 20, 25], [0, 0, 1]], atol=1e-4)
+    own = write(tmp_path / "o.json", {"w": 100, "h": 50, "fl_x": 7, "frames": [frame(rng, camera_angle_x=math.pi / 2)]})
+    np.testing.assert_allclose(load_transforms(own)[0].camera.Ks[0, 0], 50, atol=1e-4)
     assert (first.mask_path, first.flame_param_path, first.timestep_index) == (None, None, 0)
 
 
@@ -150,6 +159,7 @@ def test_shared_intrinsics_and_angles(tmp_path, rng):
         ({"fl_x": "long"}, "fl_x is 'long'"),
         ({"fl_x": -3}, "fl_x is -3"),
         ({"fl_x": None}, "neither fl_x nor camera_angle_x"),
+        ({"timestep_index": 1.5}, "timestep_index is 1.5"),
         ({"file_path": None}, "file_path is missing"),
         ({"file_path": 3}, "expected a path"),
         ({"fg_mask_path": "a\0b"}, "expected a path"),

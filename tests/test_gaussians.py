@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +187,21 @@ def test_bad_headers_are_named(good, old, new, message):
         load_ply(good)
 
 
+def test_headers_of_other_writers(good):
+    before = load_ply(good)
+    for comment in ("comment \u00c5sa \u9ad8\u65af", "obj_info made elsewhere"):
+        rewrite(good, b"element vertex", comment.encode() + b"\nelement vertex")
+    head, body = good.read_bytes().split(b"end_header\n", 1)
+    good.write_bytes(head.replace(b"\n", b"\r\n") + b"end_header\r\n" + body)
+    assert_same(load_ply(good), before)
+    rewrite(good, b"element vertex 37", "element vertex \u00b2".encode())
+    with pytest.raises(FileFormatError, match="is no PLY"):
+        load_ply(good)
+    good.write_bytes(b"ply\nformat binary_little_endian 1.0\nelement vertex 1000000000000\nend_header\n")
+    with pytest.raises(FileFormatError, match="no properties"):
+        load_ply(good)
+
+
 def test_wrong_number_of_sh_coefficients(tmp_path, rng):
     path = tmp_path / "sh.ply"
     save_ply(path, random_gaussians(rng, degree=1))
@@ -207,6 +223,11 @@ def test_save_refuses_what_cannot_be_written(tmp_path, rng):
         (gaussians.replace(colors=None), "exactly one"),
         (jax.tree.map(lambda x: x[None], gaussians), "pick one frame"),
         (gaussians.replace(binding=jnp.full(37, -2)), "binding"),
+        (gaussians.replace(binding=jnp.arange(36)), "binding has shape"),
+        (gaussians.replace(colors=jnp.ones((37, 4))), "colors has shape"),
+        (gaussians.replace(quats=gaussians.quats[:, :3]), "quats has shape"),
+        (gaussians.replace(quats=gaussians.quats * 0), "length zero"),
+        (gaussians.replace(colors=None, sh=jnp.ones((37, 4))), "sh has shape"),
     ):
         with pytest.raises(UserError, match=message):
             save_ply(tmp_path / "no.ply", wrong)
@@ -286,10 +307,35 @@ def test_damaged_bundles_are_named(tmp_path, avatar):
             load_avatar(path)
     with pytest.raises(FileNotFoundError, match=r"avatar\.json"):
         load_avatar(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="provenance"):
+        save_avatar(tmp_path / "new", avatar, provenance={"loss": float("nan")})
+    with pytest.raises(UserError, match="its rig 37"):
+        save_avatar(tmp_path / "new", Avatar(jax.tree.map(lambda x: x[:3], avatar.gaussians), avatar.rig))
+    assert not (tmp_path / "new").exists()
     other = tmp_path / "photos"
     other.mkdir()
     with pytest.raises(UserError, match="not an avatar bundle"):
         save_avatar(other, avatar)
+
+
+def test_a_failure_while_folders_are_exchanged_keeps_the_old_one(tmp_path, avatar, monkeypatch):
+    path = tmp_path / "avatar"
+    save_avatar(path, avatar)
+    before = (path / "avatar.json").read_bytes()
+    real, calls = os.replace, []
+
+    def failing(source, target):
+        calls.append(target)
+        # The fourth rename moves the new folder into place, after two files and the old folder.
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(KeyboardInterrupt):
+        save_avatar(path, avatar, provenance={"new": 1})
+    assert (path / "avatar.json").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["avatar"]
 
 
 # --- the shared reader ---

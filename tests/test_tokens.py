@@ -269,6 +269,19 @@ def test_points_outside_the_box():
         FLAME.encode(points, binding, out_of_bounds="wrap")
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_border_itself_is_inside_in_every_dtype(dtype):
+    corners = np.array([FLAME.lower, FLAME.upper], dtype)
+    np.testing.assert_array_equal(FLAME.quantize(corners), [[0] * 3, [1023] * 3])
+    with pytest.raises(UserError, match="1 of 2 points"):
+        FLAME.quantize(corners * np.array([[1], [1.001]], dtype))
+
+
+def test_empty_lists_and_numpy_integers():
+    assert len(FLAME.encode(np.zeros((0, 3)), [])) == 8
+    assert PointTokenizer(bins=np.int64(1024)) == PointTokenizer()
+
+
 @pytest.mark.parametrize(
     ("points", "binding", "message"),
     [
@@ -286,7 +299,16 @@ def test_bad_points_are_refused_in_a_sentence(points, binding, message):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"bins": 1}, {"num_faces": 0}, {"lower": 1.0, "upper": 0.0}, {"upper": float("nan")}, {"bins": 1 << 20}]
+    "kwargs",
+    [
+        {"bins": 1},
+        {"num_faces": 0},
+        {"lower": 1.0, "upper": 0.0},
+        {"upper": float("nan")},
+        {"bins": 1 << 20},
+        {"bins": 10.5},
+        {"lower": (0, 1)},
+    ],
 )
 def test_impossible_tokenizers(kwargs):
     with pytest.raises(UserError):

@@ -57,6 +57,9 @@ def test_quickstart_writes_what_it_names(tmp_path):
         (("--flame=nowhere.pkl",), "nowhere.pkl does not exist"),
         (("--workdir=README.md",), "is a file"),
         (("extra",), "unexpected argument 'extra'"),
+        (("--points=abc",), "points=abc"),
+        (("--nope=1",), "nope"),
+        (("--workdir=README.md/sub",), "choose another path"),
     ],
 )
 def test_user_errors_are_one_sentence_and_exit_code_2(arguments, message):

@@ -285,6 +285,16 @@ def test_gradients_reach_gaussians_and_parameters(flame_model, rng):
     assert float(jnp.abs(grads[0].gaussians.quats).max()) > 0
 
 
+def test_all_fields_get_the_leading_axes_of_whichever_parameter_has_them(flame_model, rng):
+    canonical = flame_model.neutral_params()
+    points, faces, _ = points_on_mesh(rng, flame_model, flame_vertices(flame_model, canonical), 20)
+    avatar = Avatar(random_gaussians(rng, points), bind_points(flame_model, canonical, points, faces))
+    moved = animate(avatar, flame_model, canonical.replace(expr=jnp.zeros((4, 100))))
+    shapes = {name: value.shape for name, value in vars(moved).items() if value is not None}
+    want = {"means": (4, 20, 3), "quats": (4, 20, 4), "scales": (4, 20, 3), "opacities": (4, 20), "colors": (4, 20, 3)}
+    assert shapes == want
+
+
 # --- errors ---
 
 
@@ -312,3 +322,12 @@ def test_errors_name_what_is_wrong(flame_model, rng):
         animate(avatar, open_head("coarse"), open_head("coarse").neutral_params())
     with pytest.raises(UserError, match="skinning"):
         animate(avatar, flame_model, canonical, skinning="dual")
+    fewer = Avatar(jax.tree.map(lambda x: x[:2], gaussians), avatar.rig)
+    with pytest.raises(UserError, match="2 Gaussians, but its rig 3"):
+        animate(fewer, flame_model, canonical)
+    with pytest.warns(UserWarning, match="not interchangeable"):
+        animate(avatar, flame_model.replace(sha256="0" * 64), canonical)
+    with pytest.warns(UserWarning, match="local_to_global first"):
+        animate(Avatar(gaussians.replace(binding=jnp.arange(3)), avatar.rig), flame_model, canonical)
+    with pytest.raises(UserError, match="one face for each"):
+        local_to_global(gaussians.replace(binding=jnp.arange(2)), frames)

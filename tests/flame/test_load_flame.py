@@ -404,7 +404,6 @@ def test_keys_that_no_head_needs_are_not_even_looked_at(tmp_path):
         "set": frozenset({1}),
         "slice": slice(1, 2),
         "complex": 1j,
-        "matrix": np.matrix([[1.0]]),
         "structured": np.zeros(2, [("a", "i4")]),
         "date": np.array(["2020-01-01"], "datetime64[D]"),
         "objects": np.array([None, "x"], object),
