@@ -157,8 +157,8 @@ def contact_sheet(images: Sequence[np.ndarray], labels: Sequence[str], columns: 
 def head_sheet(model, coarse=None, *, size: int = 192, columns: int = 8, seed: int = 0) -> np.ndarray:
     """Everything a head can do on one labelled sheet.
 
-    Views of the neutral head, eight random identities, every expression direction (at most 40) at 1, an open jaw, turned
-    eyes and a turned neck; and a row of the coarse head if one is given.
+    Views of the neutral head, eight random identities, every expression direction (at most 40) at 1, an open jaw,
+    turned eyes and a turned neck; and a row of the coarse head if one is given.
 
     Args:
       model: a `FlameModel`.
