@@ -88,6 +88,15 @@ def test_wrong_values_are_refused_outside_jit(changes, sentence):
         _render(**changes)
 
 
+@jax.jit
+def _program(arrays):
+    def loss(arrays):
+        image, _, info = rasterize(**arrays, width=W, height=H, backend="jax")
+        return jnp.sum(image**2), (image, info["invalid"])
+
+    return jax.grad(loss, has_aux=True)(arrays)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -104,15 +113,7 @@ def test_inside_jit_such_gaussians_are_left_out_and_counted(changes):
     bad = {**good, **changes}
     keep = np.arange(20) != 7
 
-    @jax.jit
-    def program(arrays):
-        def loss(arrays):
-            image, _, info = rasterize(**arrays, width=W, height=H, backend="jax")
-            return jnp.sum(image**2), (image, info["invalid"])
-
-        return jax.grad(loss, has_aux=True)(arrays)
-
-    gradients, (image, invalid) = program(bad)
+    gradients, (image, invalid) = _program(bad)
     assert int(invalid) == 1
     without = _render(**{k: v[keep] if k in NAMES[:5] else v for k, v in good.items()})[0]
     np.testing.assert_allclose(image, without, atol=1e-6)

@@ -38,7 +38,7 @@ def _rasterize(*arrays, **options):
     [
         {},
         {"sh_degree": 3, "render_mode": "RGB+ED", "rasterize_mode": "antialiased"},
-        {"render_mode": "D"},
+        pytest.param({"render_mode": "D"}, marks=pytest.mark.slow),
     ],
     ids=lambda o: "-".join(map(str, o.values())) or "plain",
 )

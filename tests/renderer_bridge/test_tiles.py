@@ -75,12 +75,14 @@ def test_float32_agrees_with_float64_oracle(name):
     _compare(scenes.SCENES[name](), 70, 50, jnp.float32, 1e-5, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["head", "needles"])
+@pytest.mark.parametrize("name", ["head", pytest.param("needles", marks=pytest.mark.slow)])
 def test_float32_on_several_groups_of_tiles(name):
     _compare(scenes.SCENES[name](), 128, 128, jnp.float32, 1e-5, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["dense", "opaque", "needles"])
+@pytest.mark.parametrize(
+    "name", ["needles", pytest.param("dense", marks=pytest.mark.slow), pytest.param("opaque", marks=pytest.mark.slow)]
+)
 def test_float64_agrees_with_oracle_to_rounding(name):
     with jax.enable_x64(True):
         _compare(scenes.SCENES[name](), 50, 40, jnp.float64, 1e-11, 1e-9)
@@ -90,5 +92,6 @@ def test_clamp_of_gsplat_1_6():
     _compare(scenes.opaque_scene(300), 64, 64, jnp.float32, 1e-5, 1e-4, max_alpha=0.99)
 
 
+@pytest.mark.slow
 def test_100k_gaussians():
     _compare(scenes.random_scene(100_000, size=0.008), 160, 160, jnp.float32, 1e-5, 1e-4)
