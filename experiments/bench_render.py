@@ -1,6 +1,6 @@
 """How fast the rasteriser is, beside a dense torch compositor in the same run; ends in one JSON line.
 
-    python -m experiments.bench_render                    # the grid on the JAX back end, < 4 minutes on 2 free cores
+    python -m experiments.bench_render                    # the grid on the JAX back end, 4 minutes on 2 free cores
     python -m experiments.bench_render --quick            # three sizes
     python -m experiments.bench_render --against=gsplat   # CUDA machines: overhead over plain torch + gsplat
 
