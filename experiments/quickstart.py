@@ -23,6 +23,7 @@ from experiments.media import write_image, write_video
 from experiments.motions import turn_and_talk
 from experiments.pictures import BACKGROUND, contact_sheet, head_colors, head_sheet
 from pointillist_jax.cameras import orbit
+from pointillist_jax.data.fits import load_fit, save_fit
 from pointillist_jax.files import UserError, write_npz
 from pointillist_jax.flame import (
     FlameModel,
@@ -33,11 +34,10 @@ from pointillist_jax.flame import (
     flame_vertices,
     global_to_local,
     load_flame,
-    local_to_global,
     open_head,
 )
 from pointillist_jax.flame.rotations import rotation_to_quat
-from pointillist_jax.gaussians import Avatar, Gaussians, load_avatar, load_ply, save_avatar, save_ply
+from pointillist_jax.gaussians import Avatar, Gaussians, load_avatar, save_avatar, save_ply
 from pointillist_jax.tokens import PointTokenizer
 from renderer_bridge import rasterize
 
@@ -66,12 +66,11 @@ def main() -> None:
     person = random_person(model, rng)
     canonical = person.canonical()
     local = gaussians_on_the_mesh(model, canonical, points, rng)
-    save_ply(workdir / "fit" / "point_cloud.ply", local)
-    write_npz(workdir / "fit" / "flame_param.npz", flame_param_arrays(canonical))
+    save_fit(workdir / "fit", local, canonical, model)
     print(f"[2/5] person: {points} Gaussians bound to the mesh, in GaussianAvatars' layout")
 
-    local = load_ply(workdir / "fit" / "point_cloud.ply", num_faces=model.num_faces)
-    world = local_to_global(local, face_frames(flame_vertices(model, canonical), model.faces))
+    fit = load_fit(workdir / "fit", model)
+    local, (canonical, world) = fit.gaussians, fit.canonical(model, jaw=0.3)
     tokenizer = PointTokenizer(num_faces=model.num_faces)
     tokens = tokenizer.encode(world.means, local.binding)
     write_npz(workdir / "tokens.npz", {"tokens": tokens})
@@ -155,12 +154,6 @@ def gaussians_on_the_mesh(model: FlameModel, canonical: FlameParams, num: int, r
         colors=jnp.asarray((head_colors(model) * shade[:, None])[binding], jnp.float32),
     )
     return global_to_local(world, binding, face_frames(jnp.asarray(vertices, jnp.float32), model.faces))
-
-
-def flame_param_arrays(params: FlameParams) -> dict[str, np.ndarray]:
-    """GaussianAvatars' flame_param.npz for one timestep (facts/avatars_gsplat.md A.6)."""
-    arrays = {name: np.asarray(value, np.float32) for name, value in vars(params).items() if value is not None}
-    return {name: value if name == "shape" else value[None] for name, value in arrays.items()}
 
 
 def round_trip_error(tokenizer: PointTokenizer, points, binding, decoded, decoded_binding) -> float:

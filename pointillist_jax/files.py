@@ -17,6 +17,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -128,13 +129,13 @@ class ArraySpec:
 
     Attributes:
       shape: one entry per axis: an int (exactly), a letter (any length, the same for every array of the file that
-        uses the letter) or None (any length).
+        uses the letter) or None (any length). A first entry `...` allows any further leading axes.
       kind: "float" (any real float), "int" (any integer) or "str".
       optional: the array may be absent.
       low, high: inclusive bounds of the values, checked when given. Floats have to be finite in any case.
     """
 
-    shape: tuple[int | str | None, ...]
+    shape: tuple[int | str | EllipsisType | None, ...]
     kind: str = "float"
     optional: bool = False
     low: float | None = None
@@ -170,19 +171,23 @@ def check_header(source: str, key: str, shape, dtype: np.dtype, spec: ArraySpec,
     """The part of `check_array` that needs no data, so it can run before anything is allocated."""
     if dtype.kind not in _KINDS[spec.kind]:
         raise FileFormatError(f"{source}: {key} has dtype {dtype}, expected {spec.kind}; convert it and save again.")
-    expected = tuple(letters.get(n, n) if isinstance(n, str) else n for n in spec.shape)
+    axes = spec.shape
+    if axes[:1] == (...,):
+        axes = (None,) * (len(shape) - len(axes) + 1) + axes[1:]
+    expected = tuple(letters.get(n, n) if isinstance(n, str) else n for n in axes)
     fits = len(shape) == len(expected) and all(
         type(have) is int and have >= 0 and (not isinstance(want, int) or have == want)
         for have, want in zip(shape, expected, strict=True)
     )
     if not fits:
-        want = ", ".join("any" if n is None else str(n) for n in expected)
+        named = (letters.get(n, n) if isinstance(n, str) else n for n in spec.shape)
+        want = ", ".join({None: "any", ...: "..."}.get(n) or str(n) for n in named)
         raise FileFormatError(
             f"{source}: {key} has shape {tuple(shape)}, expected ({want}); the file is damaged or of another layout."
         )
     if math.prod(shape) * dtype.itemsize > MAX_FILE_BYTES:
         raise FileFormatError(f"{source}: {key} claims {tuple(shape)} values, more than this program ever reads.")
-    letters.update({n: have for n, have in zip(spec.shape, shape, strict=True) if isinstance(n, str)})
+    letters.update({n: have for n, have in zip(axes, shape, strict=True) if isinstance(n, str)})
 
 
 def read_npz(path: str | os.PathLike, specs: Mapping[str, ArraySpec], what: str) -> dict[str, np.ndarray]:
