@@ -145,7 +145,9 @@ def orbit(
     return Camera(viewmats, jnp.tile(intrinsics(fov_x, width, height), (num_cameras, 1, 1)), width, height)
 
 
-def load_transforms(path: str | os.PathLike, *, cy_from_bottom: bool = False) -> list[Frame]:
+def load_transforms(
+    path: str | os.PathLike, *, cy_from_bottom: bool = False, problems: list[str] | None = None
+) -> list[Frame]:
     """Reads a transforms_*.json in the GaussianAvatars/VHAP (NeRF) schema; see facts/avatars_gsplat.md A.8.
 
     Intrinsics are taken per frame, then from the file's top level: `fl_x`, `fl_y`, `cx`, `cy`, `w`, `h`. Without a
@@ -154,6 +156,7 @@ def load_transforms(path: str | os.PathLike, *, cy_from_bottom: bool = False) ->
     Args:
       path: the JSON file; the paths in it are relative to its folder and may lead out of it (`../`, UNION data sets).
       cy_from_bottom: the file counts cy from the lower border (the gsplat branch of GaussianAvatars reads it so).
+      problems: when given, a damaged frame adds its sentence here and is left out, instead of raising at the first one.
 
     Raises:
       FileNotFoundError: no such file.
@@ -164,7 +167,15 @@ def load_transforms(path: str | os.PathLike, *, cy_from_bottom: bool = False) ->
     frames = content.get("frames")
     if not isinstance(frames, list) or not frames:
         raise FileFormatError(f"{path}: frames is missing or empty; is this a transforms.json?")
-    return [_frame(path, i, frame, content, cy_from_bottom) for i, frame in enumerate(frames)]
+    read = []
+    for i, frame in enumerate(frames):
+        try:
+            read.append(_frame(path, i, frame, content, cy_from_bottom))
+        except FileFormatError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+    return read
 
 
 def _frame(path: Path, index: int, frame: Any, top: dict[str, Any], cy_from_bottom: bool) -> Frame:
