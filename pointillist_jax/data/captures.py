@@ -1,0 +1,346 @@
+"""Capture folders in the GaussianAvatars/VHAP schema: checked whole before use, images streamed (facts A.8).
+
+A capture is many photographs of one person with known cameras and a tracked head for every timestep. Ours (synthetic
+people) and users' (NeRSemble exports, UNION sets with `../<sequence>/…` paths) are read alike.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from pointillist_jax.cameras import Camera, Frame, load_transforms
+from pointillist_jax.data.images import ImageCache, check_header
+from pointillist_jax.files import FileFormatError, UserError
+from pointillist_jax.flame.model import FlameModel, FlameParams
+from pointillist_jax.flame.param_files import load_flame_params
+
+SPLITS = ("train", "val", "test")
+# As many problems as fit on a screen are printed; `CaptureError.problems` has all of them.
+_PRINTED_PROBLEMS = 20
+# Exporters write float32 copies of the same identity into every timestep's file.
+_SAME_IDENTITY = 1e-5
+
+
+class CaptureError(UserError):
+    """A capture that cannot be used as it is. Lists everything that is wrong with it, not only the first thing.
+
+    Attributes:
+      problems: one sentence each.
+    """
+
+    def __init__(self, root: Path, problems: Sequence[str]):
+        self.problems = tuple(problems)
+        shown = [f"  - {problem}" for problem in self.problems[:_PRINTED_PROBLEMS]]
+        if more := len(self.problems) - len(shown):
+            shown.append(f"  … and {more} more")
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n".join([f"{root} is not a usable capture, {count}:", *shown]))
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptureSplit:
+    """The views of one split. N views; image n was taken by `camera_indices[n]` at `timesteps[n]`.
+
+    Attributes:
+      name: "train", "val" or "test".
+      viewmats: [N, 4, 4] float32 world to camera, OpenCV axes.
+      Ks: [N, 3, 3] float32 pixels, already of the size the images are returned in.
+      sizes: [N, 2] int32 width and height of the returned images.
+      timesteps: [N] int32 row of `Capture.params`.
+      camera_indices: [N] int32 as the capture numbers its cameras.
+      image_paths, mask_paths: N each; a mask may be None.
+    """
+
+    name: str
+    viewmats: Float[np.ndarray, "N 4 4"]
+    Ks: Float[np.ndarray, "N 3 3"]
+    sizes: Int[np.ndarray, "N 2"]
+    timesteps: Int[np.ndarray, "N"]
+    camera_indices: Int[np.ndarray, "N"]
+    image_paths: tuple[Path, ...]
+    mask_paths: tuple[Path | None, ...]
+    file_sizes: Int[np.ndarray, "N 2"]
+    cache: ImageCache
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def camera(self, n: int) -> Camera:
+        """The camera of view n."""
+        return Camera(jnp.asarray(self.viewmats[n]), jnp.asarray(self.Ks[n]), *(int(x) for x in self.sizes[n]))
+
+    def rgba(self, n: int) -> np.ndarray:
+        """uint8 [H, W, 4]: colour multiplied by the mask, and the mask. Shared with the cache: do not write to it.
+
+        Raises:
+          FileFormatError: the image changed on disk since it was checked, or cannot be decoded.
+        """
+        return self.cache.get(
+            self.image_paths[n], self.mask_paths[n], tuple(self.file_sizes[n].tolist()), tuple(self.sizes[n].tolist())
+        )
+
+    def image(self, n: int, background: float | Sequence[float] = 1.0) -> Float[np.ndarray, "H W 3"]:
+        """View n as float32 in [0, 1], the person cut out by the mask on `background` (one grey value or RGB)."""
+        rgba = self.rgba(n).astype(np.float32) / 255
+        return rgba[..., :3] + np.asarray(background, np.float32) * (1 - rgba[..., 3:])
+
+    def image_uint8(self, n: int) -> np.ndarray:
+        """View n as uint8 [H, W, 3] on white."""
+        rgba = self.rgba(n)
+        return rgba[..., :3] + (255 - rgba[..., 3:])
+
+    def mask(self, n: int) -> Float[np.ndarray, "H W"]:
+        """The foreground of view n, float32 in [0, 1]; all ones where the capture has neither mask nor alpha."""
+        return self.rgba(n)[..., 3].astype(np.float32) / 255
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """One person's capture.
+
+    Attributes:
+      root: its folder.
+      subject: the folder's name.
+      params: FlameParams of all T timesteps of all splits: `shape [S]` and `static_offset [V, 3]` (or None) are the
+        person's, everything else has a leading axis T. Row t is timestep `timestep_indices[t]`.
+      canonical: the same person in the canonical pose the exporter wrote, without leading axes.
+      timestep_indices: [T] as the capture numbers its timesteps. Not unique when splits are numbered independently.
+      extent: 1.1 × the largest distance of a training camera from their mean centre, metres (facts A.4).
+      splits: name → CaptureSplit.
+    """
+
+    root: Path
+    subject: str
+    params: FlameParams
+    canonical: FlameParams
+    timestep_indices: Int[np.ndarray, "T"]
+    extent: float
+    splits: dict[str, CaptureSplit]
+
+    def split(self, name: str) -> CaptureSplit:
+        """The views of "train", "val" or "test". Raises UserError for a split the capture was loaded without."""
+        if name not in self.splits:
+            raise UserError(f"{self.root} has no split {name!r}; it has: {', '.join(self.splits)}.")
+        return self.splits[name]
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.timestep_indices)
+
+
+def load_capture(
+    root: str | os.PathLike,
+    model: FlameModel,
+    *,
+    splits: Sequence[str] = SPLITS,
+    resize: tuple[int, int] | None = None,
+    downscale: int = 1,
+    identity: str = "check",
+    cy_from_bottom: bool = False,
+    cache_bytes: int = 1 << 30,
+) -> Capture:
+    """Reads and checks a capture folder; no image is decoded yet, but every file's header is.
+
+    Args:
+      root: the folder with transforms_train.json and so on (facts/avatars_gsplat.md A.8). Untrusted.
+      model: the head its FLAME parameters belong to.
+      splits: which transforms_<split>.json have to exist and are read.
+      resize: (width, height) in pixels to return all images in, or None for their own. Shrinks by area averaging.
+      downscale: divides each image's own size instead; 1 keeps it.
+      identity: "check" demands the same shape and static offset in every timestep's file; "first" takes the first
+        one's, as GaussianAvatars does.
+      cy_from_bottom: see `cameras.load_transforms`.
+      cache_bytes: bound on the decoded images kept in memory, shared by the splits.
+
+    Raises:
+      FileNotFoundError: no such folder.
+      CaptureError: lists every problem found: missing or truncated files, images of another size than stated, damaged
+        frames, NaN in FLAME files, indices that contradict each other.
+      UserError: bad arguments.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder; expected a capture (transforms_train.json, images/, …).")
+    if identity not in ("check", "first"):
+        raise UserError(f'identity={identity!r} must be "check" or "first".')
+    if not splits or any(split not in SPLITS for split in splits):
+        raise UserError(f"splits={tuple(splits)} must be some of {SPLITS}.")
+    if downscale < 1 or (resize is not None and (downscale != 1 or min(resize) < 1)):
+        raise UserError(f"resize={resize} and downscale={downscale}: give one of them, at least one pixel.")
+
+    problems: list[str] = []
+    frames = {split: _load_split(root, split, cy_from_bottom, problems) for split in splits}
+    # Two sequences of a UNION set may count their timesteps alike: the FLAME file is what tells timesteps apart.
+    files = {f.flame_param_path: f.timestep_index for split in frames.values() for f in split if f.flame_param_path}
+    files = dict(sorted(files.items(), key=lambda item: (item[1], str(item[0]))))
+    params = _load_params(files, model, identity, problems)
+    canonical = _load_canonical(root / "canonical_flame_param.npz", model, params, problems)
+    _check_images([f for split in frames.values() for f in split], problems)
+    if problems:
+        raise CaptureError(root, problems)
+
+    cache = ImageCache(cache_bytes)
+    rows = {path: row for row, path in enumerate(files)}
+    views = {name: _make_split(name, split, rows, resize, downscale, cache) for name, split in frames.items()}
+    return Capture(
+        root=root,
+        subject=root.resolve().name,
+        params=params,
+        canonical=canonical,
+        timestep_indices=np.array(list(files.values()), np.int32),
+        extent=cameras_extent(views["train" if "train" in views else splits[0]].viewmats),
+        splits=views,
+    )
+
+
+def cameras_extent(viewmats: Float[np.ndarray, "N 4 4"]) -> float:
+    """1.1 × the largest distance of a camera from the mean camera centre, metres (facts A.4)."""
+    rotation, shift = viewmats[:, :3, :3].astype(np.float64), viewmats[:, :3, 3].astype(np.float64)
+    centers = -np.einsum("nba,nb->na", rotation, shift)
+    return float(1.1 * np.linalg.norm(centers - centers.mean(axis=0), axis=1).max())
+
+
+def _load_split(root: Path, split: str, cy_from_bottom: bool, problems: list[str]) -> list[Frame]:
+    path = root / f"transforms_{split}.json"
+    try:
+        frames = load_transforms(path, cy_from_bottom=cy_from_bottom, problems=problems)
+    except FileNotFoundError:
+        problems.append(f"{path.name} is missing; export this split, or leave it out with splits=.")
+        return []
+    except FileFormatError as error:
+        problems.append(str(error))
+        return []
+    flame_of: dict[int, Path | None] = {}
+    seen: set[tuple[int, int]] = set()
+    for i, frame in enumerate(frames):
+        where, t, view = f"{path.name}: frame {i}", frame.timestep_index, (frame.timestep_index, frame.camera_index)
+        if frame.flame_param_path is None:
+            problems.append(f"{where}: flame_param_path is missing; track the head first (VHAP writes it).")
+        elif flame_of.setdefault(t, frame.flame_param_path) != frame.flame_param_path:
+            problems.append(
+                f"{where}: timestep_index {t} stands for {frame.flame_param_path.name} here and for "
+                f"{flame_of[t]} before; number the timesteps of a split uniquely."
+            )
+        if view in seen:
+            problems.append(f"{where}: timestep {t} of camera {view[1]} appears twice; remove one.")
+        seen.add(view)
+    timestep_of: dict[Path, int] = {}
+    for t, flame in flame_of.items():
+        if flame is not None and timestep_of.setdefault(flame, t) != t:
+            problems.append(
+                f"{path.name}: {flame} is used by timesteps {timestep_of[flame]} and {t}; give each its own."
+            )
+    return [dataclasses.replace(f, image_path=_with_suffix(f.image_path)) for f in frames]
+
+
+def _with_suffix(path: Path) -> Path:
+    """NeRF files of other exporters name images without their suffix."""
+    return path if path.suffix or path.exists() else path.with_suffix(".png")
+
+
+_PER_TIMESTEP = ("expr", "rotation", "neck_pose", "jaw_pose", "eyes_pose", "translation")
+
+
+def _load_params(files: Iterable[Path], model: FlameModel, identity: str, problems: list[str]) -> FlameParams | None:
+    loaded: list[FlameParams] = []
+    first: Path | None = None
+    for path in files:
+        try:
+            params = jax.tree.map(np.asarray, load_flame_params(path, model))
+        except (UserError, OSError) as error:
+            problems.append(str(error))
+            continue
+        if (timesteps := len(params.expr)) != 1:
+            problems.append(f"{path} holds {timesteps} timesteps, expected the parameters of one.")
+            continue
+        if not loaded:
+            first = path
+        elif identity == "check":
+            for name in ("shape", "static_offset"):
+                if not _same(getattr(loaded[0], name), getattr(params, name)):
+                    problems.append(
+                        f"{path}: {name} differs from the one in {first}; one capture is one person: track them "
+                        'together, or take the first with identity="first".'
+                    )
+        # Thousands of timesteps would otherwise hold thousands of copies of one offset.
+        loaded.append(params if not loaded else params.replace(shape=None, static_offset=None))
+    if not loaded:
+        return None
+    fields = {name: np.concatenate([getattr(p, name) for p in loaded]) for name in _PER_TIMESTEP}
+    return jax.tree.map(jnp.asarray, loaded[0].replace(**fields))
+
+
+def _load_canonical(path: Path, model: FlameModel, params: FlameParams | None, problems: list[str]):
+    try:
+        canonical = load_flame_params(path, model)
+    except (UserError, OSError) as error:
+        problems.append(str(error))
+        return None
+    if (timesteps := len(canonical.expr)) != 1:
+        problems.append(f"{path} holds {timesteps} timesteps, expected the one canonical pose.")
+        return None
+    for name in ("shape", "static_offset"):
+        if params is not None and not _same(getattr(params, name), getattr(canonical, name)):
+            problems.append(f"{path}: {name} differs from the one of the timesteps; export the canonical pose again.")
+    return canonical.replace(**{name: getattr(canonical, name)[0] for name in _PER_TIMESTEP})
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two shapes or offsets are one person's; a missing offset is zero."""
+    a, b = (np.zeros(()) if x is None else np.asarray(x) for x in (a, b))
+    return bool(np.abs(a - b).max(initial=0) <= _SAME_IDENTITY)
+
+
+def _check_images(frames: Sequence[Frame], problems: list[str]) -> None:
+    """Headers of all images and masks. In threads: a capture has tens of thousands, often on a slow disk."""
+    wanted: dict[Path, tuple[int, int]] = {}
+    for frame in frames:
+        size = (frame.camera.width, frame.camera.height)
+        for path in (frame.image_path, frame.mask_path):
+            if path is not None and wanted.setdefault(path, size) != size:
+                problems.append(f"{path} is stated as {wanted[path]} and as {size} pixels by different frames.")
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        problems.extend(found for found in pool.map(_image_problem, wanted, wanted.values()) if found)
+
+
+def _image_problem(path: Path, size: tuple[int, int]) -> str | None:
+    try:
+        check_header(path, size)
+    except (UserError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _make_split(
+    name: str,
+    frames: Sequence[Frame],
+    rows: dict[Path | None, int],
+    resize: tuple[int, int] | None,
+    downscale: int,
+    cache: ImageCache,
+) -> CaptureSplit:
+    file_sizes = np.array([(f.camera.width, f.camera.height) for f in frames], np.int32)
+    sizes = np.maximum(file_sizes // downscale, 1) if resize is None else np.full_like(file_sizes, resize)
+    factor = np.concatenate([sizes / file_sizes, np.ones((len(frames), 1))], axis=1)[:, :, None]
+    return CaptureSplit(
+        name=name,
+        viewmats=np.stack([np.asarray(f.camera.viewmats) for f in frames]),
+        Ks=(np.stack([np.asarray(f.camera.Ks) for f in frames]) * factor).astype(np.float32),
+        sizes=sizes,
+        timesteps=np.array([rows[f.flame_param_path] for f in frames], np.int32),
+        camera_indices=np.array([f.camera_index for f in frames], np.int32),
+        image_paths=tuple(f.image_path for f in frames),
+        mask_paths=tuple(f.mask_path for f in frames),
+        file_sizes=file_sizes,
+        cache=cache,
+    )
