@@ -7,10 +7,12 @@ import json
 import logging
 import os
 import platform
+import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags
@@ -44,6 +46,28 @@ def run(main: Callable[[], None]) -> None:
     # absl's own parser also serves --help and its kin.
     asks = any(arg.lstrip("-") in ("help", "helpfull", "helpshort", "helpxml", "?") for arg in sys.argv[1:])
     app.run(guarded, **({} if asks else {"flags_parser": parse}))
+
+
+def open_workdir(path: str | os.PathLike, *, resume: bool, overwrite: bool) -> Path:
+    """The folder a run writes to. One that holds something needs a word on what to do with it (DESIGN §10).
+
+    Raises:
+      UserError: the folder is not empty and neither flag is given, both are, or the path is a file.
+    """
+    path = Path(path)
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other; give one.")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--workdir={path} is a file; name a folder.")
+    if path.is_dir() and any(path.iterdir()) and not resume:
+        if not overwrite:
+            raise UserError(
+                f"--workdir={path} is not empty; continue its run with --resume, replace it with --overwrite, or name "
+                "another folder."
+            )
+        shutil.rmtree(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def json_line(name: str, figures: Mapping[str, Any]) -> None:

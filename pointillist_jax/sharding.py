@@ -1,0 +1,147 @@
+"""Device meshes and the one table that says how arrays lie on them (DESIGN §10).
+
+A parameter names its axes logically (`nn.with_logical_partitioning`); `RULES` maps the names to mesh axes. The same
+train step then runs on one device or many: only the mesh changes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pointillist_jax.files import UserError
+
+AXES = ("data", "fsdp", "tensor", "context")
+
+# Logical axis → mesh axis. A tuple shards one array axis over several mesh axes; None keeps it whole on every device.
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    ("batch", ("data", "fsdp")),  # fsdp devices also hold different examples: only their parameters are sliced.
+    ("length", "context"),  # Positions of a window.
+    ("embed", "fsdp"),  # The width of every weight matrix: gathered where it is used.
+    ("vocab", "tensor"),
+    ("table_embed", None),  # A table sliced on both axes makes `table[tokens]` gather it whole (facts/jax.md).
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("head_dim", None),
+    ("layers", None),
+    ("norm", None),
+)
+
+
+def make_mesh(text: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh from a flag such as "data:2,fsdp:4".
+
+    Args:
+      text: sizes by axis name; an axis left out has size 1, but `data` takes all devices that are left.
+      devices: all of this job's by default.
+
+    Raises:
+      UserError: an unknown or repeated axis, or sizes that do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dict.fromkeys(AXES, 1)
+    named: set[str] = set()
+    for part in filter(None, text.replace(" ", "").split(",")):
+        match = re.fullmatch(r"(\w+):(\d{1,6})", part)
+        if not match or match[1] not in sizes or match[1] in named or int(match[2]) == 0:
+            raise UserError(f"--mesh={text}: {part!r} is no <axis>:<size>; axes are {', '.join(AXES)}, each once.")
+        named.add(match[1])
+        sizes[match[1]] = int(match[2])
+    total = math.prod(sizes.values())
+    if "data" not in named and len(devices) % total == 0:
+        sizes["data"] = len(devices) // total
+        total = len(devices)
+    if total != len(devices):
+        raise UserError(
+            f"--mesh={text} asks for {total} devices, but there are {len(devices)}: choose sizes whose product divides "
+            "that, or leave `data` out."
+        )
+    shape = tuple(sizes[axis] for axis in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def shardings_for(abstract: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a pytree of abstract values, as `jax.eval_shape` of a Linen `init` or of a train state gives.
+
+    Values boxed by `nn.with_logical_partitioning` follow `RULES`; others are replicated. The result has the structure
+    of `nn.unbox(abstract)`.
+
+    Raises:
+      UserError: an axis that does not divide by the mesh axes it is sharded over.
+    """
+
+    def one(path, value) -> NamedSharding:
+        if not isinstance(value, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, PartitionSpec())
+        spec = nn.logical_to_mesh_axes(value.names, RULES)
+        for size, logical, axes in zip(value.value.shape, value.names, spec, strict=True):
+            parts = math.prod(mesh.shape[axis] for axis in _as_tuple(axes))
+            if size % parts:
+                raise UserError(
+                    f"{jax.tree_util.keystr(path)}: its axis {logical!r} of size {size} does not divide into {parts} "
+                    f"parts over mesh axes {axes}: make those smaller."
+                )
+        return NamedSharding(mesh, spec)
+
+    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(one, abstract, is_leaf=is_box)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of a batch's arrays [B, ...]: the first axis over `data` and `fsdp`."""
+    return NamedSharding(mesh, nn.logical_to_mesh_axes(("batch",), RULES))
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """This process's part of a batch (NumPy [B / processes, ...]) → global arrays on the mesh."""
+    sharding = batch_sharding(mesh)
+
+    def one(x):
+        x = np.asarray(x)
+        parts = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
+        if x.shape[0] * jax.process_count() % parts:
+            raise UserError(
+                f"a batch of {x.shape[0] * jax.process_count()} does not divide over data × fsdp = {parts} devices: "
+                "change the batch size or the mesh."
+            )
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(one, batch)
+
+
+def start_processes(coordinator: str, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Joins this process to the others of a job. Call it before anything else asks JAX for devices.
+
+    Args:
+      coordinator: "host:port" of process 0; "auto" takes all from SLURM, Kubernetes, Open MPI or a TPU pod; "" is a
+        job of one process.
+      num_processes, process_id: needed with an explicit coordinator.
+
+    Raises:
+      UserError: a coordinator without the numbers, or numbers without a coordinator.
+    """
+    given = num_processes is not None and process_id is not None
+    if not coordinator:
+        if num_processes is not None or process_id is not None:
+            raise UserError("--num_processes and --process_id need --coordinator=<host:port of process 0>.")
+        return
+    if coordinator != "auto" and not given:
+        raise UserError(f"--coordinator={coordinator} needs --num_processes and --process_id as well.")
+    # CPU devices of different processes can only talk through gloo; other platforms ignore it.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if coordinator == "auto":
+        jax.distributed.initialize()
+    else:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes

@@ -1,0 +1,132 @@
+"""Checkpoints of a training run: Orbax, one folder per step, with the data position inside (DESIGN §10).
+
+<workdir>/checkpoints/<step>/params   what generation and evaluation read (the average where there is one)
+                             state    everything else a step changes, and the live parameters
+                             data     the Grain iterator of every process
+                             meta     config, tokenizer, versions (JSON)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import grain.checkpoint
+import jax
+import orbax.checkpoint as ocp
+
+from pointillist_jax.files import UserError
+from pointillist_jax.training.state import TrainState
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """Saves and restores a run's state. Use as a context manager: leaving it waits for what is still being written.
+
+    Args:
+      workdir: of the run; checkpoints lie in `checkpoints/` below it.
+      keep: how many of the newest stay.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, keep: int = 3):
+        self.folder = Path(workdir).resolve() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, data: Any, meta: dict[str, Any]) -> None:
+        """Writes a checkpoint in the background, unless this step has one. `data` is the training iterator."""
+        step = int(state.step)
+        if step in self.steps:
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.averaged_params),
+                state=ocp.args.StandardSave(_without_ema(state)),
+                data=grain.checkpoint.CheckpointSave(data),
+                meta=ocp.args.JsonSave(meta),
+            ),
+        )
+
+    def reached_preemption(self, step: int) -> bool:
+        """True when the machine's scheduler has announced that it takes this job's machines away."""
+        return jax.process_count() > 1 and self._manager.reached_preemption(step)
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def restore(self, abstract: TrainState, data: Any) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest checkpoint that can be read, or None if there is none; moves `data` to its position.
+
+        Args:
+          abstract: ShapeDtypeStructs with shardings, of this run's mesh: it may differ from the one that saved.
+          data: the training iterator.
+
+        Raises:
+          UserError: none of the checkpoints there can be read into this state.
+        """
+        problems = []
+        for step in reversed(self.steps):
+            try:
+                return self._restore(step, abstract, data)
+            except Exception as error:  # Orbax and TensorStore raise many kinds for damaged or missing files.
+                reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+                problems.append(f"step {step}: {reason}")
+                _log.warning("checkpoint %s of %s is skipped: %s", step, self.folder, reason)
+        if problems:
+            raise UserError(
+                f"none of the {len(problems)} checkpoints in {self.folder} fits this run ({problems[0]}): resume with "
+                "the config they were made with, or start again with --overwrite."
+            )
+        return None
+
+    def _restore(self, step: int, abstract: TrainState, data: Any) -> tuple[TrainState, dict[str, Any]]:
+        items = {
+            "params": ocp.args.StandardRestore(abstract.averaged_params),
+            "state": ocp.args.StandardRestore(_without_ema(abstract)),
+            "data": grain.checkpoint.CheckpointRestore(data),
+            "meta": ocp.args.JsonRestore(),
+        }
+        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        state = TrainState(**found["state"], ema=found["params"] if abstract.ema is not None else None)
+        return state, found["meta"]
+
+
+def load_params(workdir: str | os.PathLike, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """Parameters and meta of a run's newest (or given) checkpoint, as NumPy, without its optimiser state.
+
+    Raises:
+      FileNotFoundError: no checkpoint there.
+    """
+    folder = Path(workdir).resolve()
+    folder = folder if folder.name == "checkpoints" else folder / "checkpoints"
+    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+    if not steps or (step is not None and step not in steps):
+        raise FileNotFoundError(f"{folder} has no checkpoint{'' if step is None else f' {step}'}: check the path.")
+    folder = folder / str(steps[-1] if step is None else step)
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        params = reader.restore(folder / "params")
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        meta = reader.restore(folder / "meta")
+    return params, meta
+
+
+def _without_ema(state: TrainState) -> dict[str, Any]:
+    """What `state` holds on disk. The average is the `params` item, so it is not written twice."""
+    return {name: getattr(state, name) for name in ("step", "params", "opt_state", "key")}

@@ -1,0 +1,81 @@
+"""Metrics of a run: one JSON line per logged step, TensorBoard, and a progress bar on a terminal (DESIGN §10)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import tensorboardX
+from tqdm import tqdm
+
+
+class MetricLog:
+    """Writes `<workdir>/metrics.jsonl` and `<workdir>/tensorboard/` from the first process; other processes write none.
+
+    Lines of steps at and after `start` are dropped first: a killed run has logged steps that its checkpoint has not.
+
+    Args:
+      workdir: of the run.
+      start: the step the run starts or resumes from.
+      steps: its last.
+      bar: show progress.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, start: int, steps: int, *, bar: bool = True):
+        self._file = self._board = None
+        if jax.process_index() == 0:
+            workdir = Path(workdir)
+            workdir.mkdir(parents=True, exist_ok=True)
+            path = workdir / "metrics.jsonl"
+            kept = [line for line in _lines(path) if line["step"] <= start]
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            self._file = path.open("a")
+            self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._bar = tqdm(total=steps, initial=start, unit="step", disable=not bar or self._file is None)
+
+    def __enter__(self) -> MetricLog:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+        if self._file:
+            self._file.close()
+            self._board.close()
+
+    def advance(self) -> None:
+        """One step further."""
+        self._bar.update()
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Logs scalars under their names; the bar shows the loss and the rate."""
+        values = {name: float(value) for name, value in metrics.items()}
+        self._bar.set_postfix({k: f"{values[k]:.4g}" for k in ("loss", "eval_loss", "tokens_per_s") if k in values})
+        if self._file is None:
+            return
+        # NaN and infinity are no JSON numbers.
+        self._file.write(
+            json.dumps({"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}) + "\n"
+        )
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The logged lines of a run, in order; a half-written last line is left out."""
+    return _lines(Path(workdir) / "metrics.jsonl")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # A kill while writing leaves part of a line.
+            continue
+    return lines

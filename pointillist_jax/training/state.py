@@ -1,0 +1,187 @@
+"""Train state, optimiser, and the one step both stages share (DESIGN §10).
+
+Parameters may carry Linen's axis names (boxes) while they are abstract; a live state holds plain arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, UInt32
+
+from pointillist_jax.configs import TrainConfig
+from pointillist_jax.sharding import shardings_for
+
+Params = Any
+Batch = dict[str, Array]
+Key = UInt32[Array, "2"]
+# (params, batch, key) → (summed loss, weight it is a sum over, further sums to be divided by their own weights).
+# Sums, not means: micro-batches and devices with different numbers of tokens then add up to exactly the whole batch.
+LossFn = Callable[[Params, Batch, Key], tuple[Array, Array, dict[str, tuple[Array, Array]]]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a step changes.
+
+    Attributes:
+      step: [] int32, steps taken.
+      params: trainable parameters, float32.
+      opt_state: of the optimiser.
+      ema: running average of `params`, or None.
+      key: the run's key; step n uses `fold_in(key, n)`.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: optax.OptState
+    ema: Params | None
+    key: Key
+
+    @property
+    def averaged_params(self) -> Params:
+        """The parameters to evaluate and to keep: the average where there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+def make_schedule(config: TrainConfig) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, then constant or a cosine to a tenth."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    else:
+        after = optax.cosine_decay_schedule(peak, max(config.steps - warmup, 1), alpha=0.1)
+    # The first step already moves: step 0 has rate peak / warmup.
+    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW with clipping; weight decay on matrices and tables only, never on norms, biases and single rows."""
+
+    def decayed(params):
+        def one(path, value):
+            # The last key by name: a boxed parameter has its box as a further step.
+            name = next((str(k.key) for k in reversed(path) if isinstance(k, jax.tree_util.DictKey)), "")
+            return value.ndim >= 2 and not name.endswith(("scale", "bias", "norm"))
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.adamw(make_schedule(config), config.b1, config.b2, weight_decay=config.weight_decay, mask=decayed),
+    )
+
+
+def init_state(
+    init_params: Callable[[Key], Params],
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    key: Key,
+    mesh: Mesh,
+) -> tuple[TrainState, TrainState]:
+    """A new state, laid out on the mesh without ever being whole on one device.
+
+    Args:
+      init_params: key → parameters, boxed with their logical axes or plain.
+
+    Returns:
+      The state and its shardings (a TrainState of NamedShardings).
+    """
+    _, shardings = abstract_state(init_params, optimizer, config, key, mesh)
+    make = lambda key: nn.unbox(_new_state(init_params, optimizer, config, key))  # noqa: E731
+    with jax.set_mesh(mesh):
+        return jax.jit(make, out_shardings=shardings)(key), shardings
+
+
+def abstract_state(init_params, optimizer, config: TrainConfig, key, mesh: Mesh) -> tuple[TrainState, TrainState]:
+    """The state as ShapeDtypeStructs that carry their shardings, and the shardings: what a restore needs."""
+    boxed = jax.eval_shape(lambda key: _new_state(init_params, optimizer, config, key), key)
+    shardings = shardings_for(boxed, mesh)
+    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
+    return shapes, shardings
+
+
+def _new_state(init_params, optimizer, config: TrainConfig, key) -> TrainState:
+    init_key, run_key = jax.random.split(key)
+    params = init_params(init_key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if config.ema_decay else None,
+        key=run_key,
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimiser step. A step whose loss or gradient is not finite changes nothing but the step counter.
+
+    Args:
+      state: before the step; donate it.
+      batch: arrays [B, ...].
+
+    Returns:
+      The new state, and scalars: `loss`, `grad_norm`, `param_norm`, `finite`, and what `loss_fn` adds.
+    """
+    key = jax.random.fold_in(state.key, state.step)
+    loss, grads, extra = _gradients(loss_fn, state.params, batch, key, config.accumulate)
+    norm = _norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        # A young average would be mostly initialisation: its memory grows with the run.
+        decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+
+    new = TrainState(state.step, params, opt_state, ema, state.key)
+    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+    metrics = {"loss": loss, "grad_norm": norm, "param_norm": _norm(state.params), "finite": finite}
+    return new.replace(step=state.step + 1), metrics | extra
+
+
+def _norm(tree) -> Array:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
+
+
+def _gradients(loss_fn: LossFn, params, batch: Batch, key, parts: int):
+    """Mean loss, its gradient, and the other means, over the whole batch in `parts` passes."""
+
+    def summed(params, batch, key):
+        loss, weight, extra = loss_fn(params, batch, key)
+        return loss, (weight, extra)
+
+    def one(part, key):
+        (loss, (weight, extra)), grads = jax.value_and_grad(summed, has_aux=True)(params, part, key)
+        return (loss, grads), weight, extra
+
+    if parts == 1:
+        total, weight, extra = one(batch, key)
+    else:
+        # Interleaved, so that every device of a sharded batch has its share of every part.
+        split = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+        keys = jax.random.split(key, parts)
+        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], split), keys[0])
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        add = lambda total, part: (jax.tree.map(jnp.add, total, one(*part)), None)  # noqa: E731
+        (total, weight, extra), _ = jax.lax.scan(add, zeros, (split, keys))
+    loss, grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-9).astype(x.dtype), total)
+    means = {name: value / jnp.maximum(count, 1e-9) for name, (value, count) in extra.items()}
+    return loss, grads, means
