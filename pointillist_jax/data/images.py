@@ -83,6 +83,23 @@ def load_rgba(
     return out
 
 
+def square_portrait(rgba: np.ndarray, side: int, background: int = 255) -> np.ndarray:
+    """uint8 [H, W, 4] as from `load_rgba` → uint8 [side, side, 3]: the whole picture, centred on a plain square.
+
+    Nothing is cut off, so every photograph of a head gives the encoder its full context; wide or high pictures lose
+    resolution instead.
+    """
+    h, w, _ = rgba.shape
+    longest = max(h, w)
+    image = np.full((longest, longest, 3), background, np.uint8)
+    top, left = (longest - h) // 2, (longest - w) // 2
+    alpha = rgba[..., 3:].astype(np.uint16)
+    image[top : top + h, left : left + w] = rgba[..., :3] + ((255 - alpha) * background + 127) // 255
+    if longest == side:
+        return image
+    return np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
+
+
 class ImageCache:
     """Decoded images, the least recently used of which are dropped at a bound. Safe to share between threads.
 

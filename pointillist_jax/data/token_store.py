@@ -1,0 +1,500 @@
+"""The token store: every subject's token sequence and condition in ArrayRecord shards, behind one `meta.json`.
+
+DESIGN §2. One record per subject (`data/records.py`): tokens, the person's identity, the portrait and its FLAME
+parameters. Shards are written once and never touched again; `meta.json` says what they were made with and is replaced
+atomically after each. Layout:
+
+    <store>/meta.json
+    <store>/tokens-00000.array_record …
+    <store>/features/<kind>/<subject>.npz      (precomputed by frozen encoders, optional)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from pointillist_jax.data.records import pack_record, unpack_record
+from pointillist_jax.files import (
+    FileFormatError,
+    UserError,
+    atomic_path,
+    file_sha256,
+    read_json,
+)
+from pointillist_jax.tokens import TOKENIZER_VERSION, PointTokenizer
+
+FORMAT, VERSION = "pointillist-tokens", 1
+META = "meta.json"
+FLAME_FIELDS = ("shape", "expr", "rotation", "neck_pose", "jaw_pose", "eyes_pose", "translation")
+# One record per chunk, so that a subject is read alone; tokens and pictures gain little from compression, and
+# uncompressed ones are read three times as fast.
+_WRITER_OPTIONS = "group_size:1,uncompressed,max_parallelism:1"
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+_NAME = re.compile(r"[^/\\\0]{1,200}")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreSpec:
+    """What all subjects of a store have in common; stores of different specs cannot be mixed.
+
+    Attributes:
+      tokenizer: bins, faces and bounds.
+      flame_sha256: of the head model's file.
+      flame_source: its name, for people.
+      canonical_jaw: radians by which the canonical mesh opens its mouth (DESIGN §3).
+      portrait_size: side of the portraits in pixels.
+      out_of_bounds: "error", or "clip" if points outside the cube were moved onto its border.
+    """
+
+    tokenizer: PointTokenizer
+    flame_sha256: str
+    flame_source: str = ""
+    canonical_jaw: float = 0.3
+    portrait_size: int = 518
+    out_of_bounds: str = "error"
+
+    def to_json(self) -> dict[str, Any]:
+        t = self.tokenizer
+        return {
+            "tokenizer": {
+                "version": TOKENIZER_VERSION,
+                "bins": t.bins,
+                "num_faces": t.num_faces,
+                "lower": list(t.lower),
+                "upper": list(t.upper),
+            },
+            "flame": {"sha256": self.flame_sha256, "source": self.flame_source},
+            "canonical_jaw": self.canonical_jaw,
+            "portrait_size": self.portrait_size,
+            "out_of_bounds": self.out_of_bounds,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class SubjectRecord:
+    """One person, ready to be stored. All NumPy.
+
+    Attributes:
+      name: unique in a store.
+      tokens: [T] int32, S S S S … E E E E.
+      shape: [S] float32, the identity's.
+      static_offset: [V, 3] float32 or None.
+      portrait: [side, side, 3] uint8 or None.
+      flame: the portrait's FLAME parameters, name → [n] float32 (`FLAME_FIELDS`), or None.
+      num_clipped: points that lay outside the cube.
+      fit_sha256: of the point_cloud.ply.
+    """
+
+    name: str
+    tokens: Int[np.ndarray, "T"]
+    shape: np.ndarray
+    static_offset: np.ndarray | None = None
+    portrait: np.ndarray | None = None
+    flame: Mapping[str, np.ndarray] | None = None
+    num_clipped: int = 0
+    fit_sha256: str = ""
+
+
+class TokenStore:
+    """A store open for reading. Safe between threads; a copy in another process opens the files anew.
+
+    Attributes:
+      path: the folder.
+      spec: what it was made with.
+      subjects: names, in the order of the records.
+      lengths: [N] int64 tokens of each subject.
+      has_portrait: [N] bool.
+      fit_sha256: of each subject's point_cloud.ply.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, cache_bytes: int = 1 << 30):
+        self.path = Path(path)
+        self.cache_bytes = cache_bytes
+        self._meta = _read_meta(self.path)
+        self.spec: StoreSpec = _spec_of(self.path, self._meta)
+        entries = self._meta["subjects"]
+        self.subjects = tuple(e["name"] for e in entries)
+        self.lengths = np.array([4 * e["num_points"] + 8 for e in entries], np.int64)
+        self.has_portrait = np.array([e["portrait"] for e in entries], bool)
+        self.fit_sha256 = tuple(e["fit_sha256"] for e in entries)
+        self._index = {name: i for i, name in enumerate(self.subjects)}
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._readers: dict[str, Any] = {}
+        self._cache: OrderedDict[int, tuple[dict, dict[str, np.ndarray], int]] = OrderedDict()
+        self._cached_bytes = 0
+
+    def __getstate__(self) -> dict:
+        hidden = ("_lock", "_readers", "_cache", "_cached_bytes")
+        return {key: value for key, value in vars(self).items() if key not in hidden}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._reset()
+
+    def __len__(self) -> int:
+        return len(self.subjects)
+
+    @property
+    def tokenizer(self) -> PointTokenizer:
+        return self.spec.tokenizer
+
+    @property
+    def num_points(self) -> np.ndarray:
+        """[N] int64."""
+        return (self.lengths - 8) // 4
+
+    @property
+    def complete(self) -> bool:
+        """False while a build is under way or was interrupted."""
+        return bool(self._meta["complete"])
+
+    def index(self, name: str) -> int:
+        """Number of the named subject. Raises UserError."""
+        if name not in self._index:
+            near = ", ".join(self.subjects[:5]) + (" …" if len(self) > 5 else "")
+            raise UserError(f"{self.path} holds no subject {name!r}; it has {len(self)}: {near}.")
+        return self._index[name]
+
+    def tokens(self, i: int) -> Int[np.ndarray, "T"]:
+        """[T] int32 read-only: S S S S, points, E E E E of subject i."""
+        return self._record(i)["tokens"]
+
+    def identity(self, i: int) -> dict[str, np.ndarray]:
+        """Subject i's `shape` [S] and, where it has one, `static_offset` [V, 3]: float32, read-only."""
+        record = self._record(i)
+        return {key: record[key] for key in ("shape", "static_offset") if key in record}
+
+    def condition(self, i: int) -> dict[str, Any]:
+        """What subject i is generated from: `flame` (name → [n] float32) and, where it has one, `portrait`.
+
+        The portrait is uint8 [side, side, 3]. Without one, the FLAME parameters are those of the canonical pose.
+        """
+        record = self._record(i)
+        condition: dict[str, Any] = {"flame": {key: record[f"flame/{key}"] for key in FLAME_FIELDS}}
+        if "portrait" in record:
+            condition["portrait"] = record["portrait"]
+        return condition
+
+    def verify(self) -> None:
+        """Reads every record and checks every token sequence against the grammar. Raises FileFormatError."""
+        for i, name in enumerate(self.subjects):
+            if error := self.tokenizer.first_error(self.tokens(i)):
+                raise FileFormatError(f"{self.path}: tokens of {name}: {error}")
+
+    def features_path(self, kind: str, i: int) -> Path:
+        """Where the arrays a frozen encoder computed for subject i are kept; `kind` names encoder and settings.
+
+        The file belongs to whoever computes it (`files.write_npz`, `files.read_npz`); the store only gives it a place.
+        """
+        if not re.fullmatch(r"[\w.-]{1,100}", kind) or kind.startswith("."):
+            raise UserError(f"features kind {kind!r} must be letters, digits, '.', '_' and '-'.")
+        return self.path / "features" / kind / f"{self.subjects[i]}.npz"
+
+    def _record(self, i: int) -> dict[str, np.ndarray]:
+        i = range(len(self))[i]
+        with self._lock:
+            if i in self._cache:
+                self._cache.move_to_end(i)
+                return self._cache[i][1]
+            # Inside the lock: threads that want the same subject wait for one read instead of reading it each.
+            info, arrays, size = self._read(i)
+            self._cache[i] = (info, arrays, size)
+            self._cached_bytes += size
+            while self._cached_bytes > self.cache_bytes and len(self._cache) > 1:
+                self._cached_bytes -= self._cache.popitem(last=False)[1][2]
+            return arrays
+
+    def _read(self, i: int) -> tuple[dict, dict[str, np.ndarray], int]:
+        entry = self._meta["subjects"][i]
+        source = f"{self.path / entry['shard']}: record {entry['record']}"
+        try:
+            reader = self._readers.get(entry["shard"])
+            if reader is None:
+                reader = self._readers[entry["shard"]] = _reader(self.path / entry["shard"])
+            data = reader.read([entry["record"]])[0]
+        except (FileFormatError, FileNotFoundError):
+            raise
+        except Exception as error:  # The C++ reader raises RuntimeError, ValueError and IndexError alike.
+            raise FileFormatError(f"{source} cannot be read ({str(error)[:200]}); copy the store again.") from None
+        info, arrays = unpack_record(data, source)
+        _check_record(source, info, arrays, entry, self.spec)
+        return info, arrays, len(data)
+
+
+def open_store(
+    path: str | os.PathLike,
+    tokenizer: PointTokenizer | None = None,
+    *,
+    flame_sha256: str | None = None,
+    cache_bytes: int = 1 << 30,
+    allow_incomplete: bool = False,
+) -> TokenStore:
+    """Opens a token store for reading.
+
+    Args:
+      path: its folder. Untrusted.
+      tokenizer: what the caller works with; None takes the store's (`store.tokenizer`).
+      flame_sha256: of the head the caller works with; None accepts any.
+      cache_bytes: bound on the decoded records kept in memory.
+      allow_incomplete: open a store whose build was interrupted.
+
+    Raises:
+      FileNotFoundError: no store there.
+      FileFormatError: damaged.
+      UserError: made with another tokenizer, bounds or head (the sentence names the difference), or unfinished.
+    """
+    store = TokenStore(path, cache_bytes=cache_bytes)
+    wanted = store.spec
+    if tokenizer is not None:
+        wanted = dataclasses.replace(wanted, tokenizer=tokenizer)
+    if flame_sha256 is not None:
+        wanted = dataclasses.replace(wanted, flame_sha256=flame_sha256)
+    if difference := spec_difference(store.spec, wanted):
+        raise UserError(f"{store.path} was made with {difference}: tokenise again, or use what it was made with.")
+    if not store.complete and not allow_incomplete:
+        raise UserError(
+            f"{store.path} is unfinished ({len(store)} subjects so far): finish it with "
+            "`python -m experiments.tokenize … --resume`."
+        )
+    return store
+
+
+def spec_difference(have: StoreSpec, want: StoreSpec) -> str | None:
+    """How two specs differ, as "<name> <have>, not <want>", or None. Names of head models do not count."""
+
+    def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        out = {}
+        for key, value in content.items():
+            out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return out
+
+    have_flat, want_flat = flat(have.to_json()), flat(want.to_json())
+    for key, value in have_flat.items():
+        if key != "flame.source" and value != want_flat[key]:
+            label = {"flame.sha256": "another head model, sha256"}.get(key, key.removeprefix("tokenizer."))
+            name = f" ({have.flame_source})" if key == "flame.sha256" and have.flame_source else ""
+            return f"{label} {value}{name}, not {want_flat[key]}"
+    return None
+
+
+class StoreWriter:
+    """Adds subjects to a new or existing store, a whole shard at a time.
+
+    A shard is written under a temporary name, renamed, and only then named in `meta.json`: a kill at any moment loses
+    at most the shard being written, and the next run writes the same bytes.
+    """
+
+    def __init__(self, path: str | os.PathLike, spec: StoreSpec):
+        self.path = Path(path)
+        self.spec = spec
+        for pattern in (".tokens-*.tmp-*", ".meta.tmp-*"):  # What a killed build left.
+            for leftover in self.path.glob(pattern):
+                leftover.unlink()
+        if (self.path / META).exists():
+            store = TokenStore(self.path)
+            if difference := spec_difference(store.spec, spec):
+                raise UserError(
+                    f"{self.path} was made with {difference}: use the same to add subjects, or tokenise into another "
+                    "folder."
+                )
+            self._meta = store._meta
+        else:
+            self._meta = {"format": FORMAT, "version": VERSION, **spec.to_json(), "complete": False}
+            self._meta |= {"shards": [], "subjects": []}
+
+    @property
+    def subjects(self) -> dict[str, str]:
+        """Subjects already stored → sha256 of the fit they came from."""
+        return {entry["name"]: entry["fit_sha256"] for entry in self._meta["subjects"]}
+
+    def write_shard(self, records: Sequence[SubjectRecord]) -> Path:
+        """Writes one new shard and names it in meta.json. The store counts as unfinished until `finish`."""
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        names = [r.name for r in records]
+        if twice := sorted({n for n in names if names.count(n) > 1 or n in self.subjects}):
+            raise UserError(f"{self.path} already holds {twice[0]!r}; a subject is stored once.")
+        if bad := [n for n in names if not _NAME.fullmatch(n) or n.startswith(".")]:
+            raise UserError(f"{bad[0]!r} cannot be a subject's name: no slashes, no leading dot, 1 to 200 letters.")
+        shard = f"tokens-{len(self._meta['shards']):05d}.array_record"
+        with atomic_path(self.path / shard) as temporary:
+            writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+            entries = []
+            for i, record in enumerate(records):
+                writer.write(_pack(record))
+                entries.append(
+                    {
+                        "name": record.name,
+                        "num_points": (len(record.tokens) - 8) // 4,
+                        "portrait": record.portrait is not None,
+                        "num_clipped": record.num_clipped,
+                        "fit_sha256": record.fit_sha256,
+                        "shard": shard,
+                        "record": i,
+                    }
+                )
+            writer.close()
+        path = self.path / shard
+        self._meta["shards"].append(
+            {"file": shard, "num_records": len(records), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        )
+        self._meta["subjects"] += entries
+        self._meta["complete"] = False
+        self._write_meta()
+        return path
+
+    def finish(self) -> None:
+        """Marks the store as complete."""
+        if not self._meta["subjects"]:
+            raise UserError(f"{self.path} would hold no subject; give at least one fit.")
+        if not self._meta["complete"]:
+            self._meta["complete"] = True
+            self._write_meta()
+
+    def _write_meta(self) -> None:
+        with atomic_path(self.path / META) as temporary:
+            temporary.write_text(json.dumps(self._meta, indent=1) + "\n")
+
+
+def _pack(record: SubjectRecord) -> bytes:
+    flame = record.flame
+    if flame is None:
+        raise TypeError("a record needs FLAME parameters; without a portrait, those of the canonical pose")
+    arrays = {"tokens": np.asarray(record.tokens, np.int32), "shape": np.asarray(record.shape, np.float32)}
+    if record.static_offset is not None:
+        arrays["static_offset"] = np.asarray(record.static_offset, np.float32)
+    arrays |= {f"flame/{key}": np.asarray(flame[key], np.float32) for key in FLAME_FIELDS}
+    if record.portrait is not None:
+        arrays["portrait"] = np.asarray(record.portrait, np.uint8)
+    info = {"subject": record.name, "num_points": (len(record.tokens) - 8) // 4, "format": FORMAT, "version": VERSION}
+    return pack_record(info, arrays)
+
+
+@functools.lru_cache(maxsize=1)
+def _reader_class():
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    return ArrayRecordReader
+
+
+def _reader(path: Path):
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, but meta.json names it; copy the whole store.")
+    return _reader_class()(str(path), _READER_OPTIONS)
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    """meta.json with every field that is used later checked; file sizes of the shards compared."""
+    if not (path / META).is_file():
+        raise FileNotFoundError(
+            f"{path} is not a token store (no {META}); make one with `python -m experiments.tokenize`."
+        )
+    meta = read_json(path / META, "a token store's meta.json")
+    source = path / META
+    if (meta.get("format"), meta.get("version")) != (FORMAT, VERSION):
+        raise FileFormatError(
+            f"{source}: format {meta.get('format')!r} version {meta.get('version')!r}, expected {FORMAT!r} version "
+            f"{VERSION}; tokenise again with this version of the program."
+        )
+    try:
+        shards = {s["file"]: s for s in meta["shards"]}
+        counts = dict.fromkeys(shards, 0)
+        names = set()
+        for entry in meta["subjects"]:
+            good = (
+                isinstance(entry["name"], str)
+                and _NAME.fullmatch(entry["name"])
+                and not entry["name"].startswith(".")
+                and entry["name"] not in names
+                and type(entry["num_points"]) is int
+                and 0 <= entry["num_points"] < 1 << 28
+                and type(entry["portrait"]) is bool
+                and isinstance(entry["fit_sha256"], str)
+                and entry["record"] == counts[entry["shard"]]
+            )
+            if not good:
+                raise ValueError(f"subject {entry['name']!r} is described wrongly")
+            names.add(entry["name"])
+            counts[entry["shard"]] += 1
+        for name, shard in shards.items():
+            if not re.fullmatch(r"tokens-\d{5,}\.array_record", name) or shard["num_records"] != counts[name]:
+                raise ValueError(f"shard {name!r} is described wrongly")
+        if type(meta["complete"]) is not bool:
+            raise ValueError("complete must be true or false")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise FileFormatError(f"{source} is damaged ({said[:200]}); copy the store again.") from None
+    for name, shard in shards.items():
+        size = (path / name).stat().st_size if (path / name).is_file() else None
+        if size != shard["bytes"]:
+            found = "missing" if size is None else f"{size} bytes"
+            raise FileFormatError(f"{path / name} is {found}, expected {shard['bytes']} bytes; copy the store again.")
+    return meta
+
+
+def _spec_of(path: Path, meta: dict[str, Any]) -> StoreSpec:
+    try:
+        t = meta["tokenizer"]
+        if t["version"] != TOKENIZER_VERSION:
+            raise UserError(
+                f"{path} was made with tokenizer version {t['version']}, not {TOKENIZER_VERSION}: tokenise again."
+            )
+        tokenizer = PointTokenizer(
+            num_faces=t["num_faces"], bins=t["bins"], lower=tuple(t["lower"]), upper=tuple(t["upper"])
+        )
+        spec = StoreSpec(
+            tokenizer=tokenizer,
+            flame_sha256=str(meta["flame"]["sha256"]),
+            flame_source=str(meta["flame"]["source"]),
+            canonical_jaw=float(meta["canonical_jaw"]),
+            portrait_size=int(meta["portrait_size"]),
+            out_of_bounds=str(meta["out_of_bounds"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise FileFormatError(f"{path / META} is damaged ({error!s:.200}); copy the store again.") from None
+    if not 1 <= spec.portrait_size <= 1 << 13:
+        raise FileFormatError(f"{path / META}: portrait_size is {spec.portrait_size}, expected 1 to 8192.")
+    return spec
+
+
+def _check_record(source: str, info: dict, arrays: dict[str, np.ndarray], entry: dict, spec: StoreSpec) -> None:
+    """What readers rely on. The grammar of the whole sequence is checked by `TokenStore.verify`."""
+    tokens, side, t = arrays.get("tokens"), spec.portrait_size, spec.tokenizer
+
+    def fits(name: str, dtype: str, *shape: int | None) -> bool:
+        a = arrays.get(name)
+        same = a is not None and a.dtype == dtype and a.ndim == len(shape)
+        return same and all(w in (None, h) for h, w in zip(a.shape, shape, strict=True))
+
+    sizes = {"rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6, "translation": 3}
+    good = (
+        info.get("subject") == entry["name"]
+        and fits("tokens", "int32", 4 * entry["num_points"] + 8)
+        and fits("shape", "float32", None)
+        and ("static_offset" not in arrays or fits("static_offset", "float32", None, 3))
+        and all(fits(f"flame/{key}", "float32", sizes.get(key)) for key in FLAME_FIELDS)
+        and ("portrait" in arrays) == entry["portrait"]
+        and ("portrait" not in arrays or fits("portrait", "uint8", side, side, 3))
+    )
+    if good:
+        body = tokens[4:-4]
+        good = (tokens[:4] == t.bos).all() and (tokens[-4:] == t.eos).all()
+        good = good and (not body.size or (body.min() >= 0 and body.max() < t.bos))
+        good = good and all(np.isfinite(a).all() for a in arrays.values() if a.dtype.kind == "f")
+    if not good:
+        raise FileFormatError(f"{source} is not what {META} says about {entry['name']!r}; tokenise again.")
