@@ -1,0 +1,49 @@
+"""The FLOP formulas against the facts and against XLA's own count of the same products."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pointillist_jax.flops import attention_flops, decoder_flops, device_peak, training_flops
+
+PAPER = {"layers": 24, "width": 1024, "heads": 8, "kv_heads": 8, "head_dim": 128, "ffw": 4096, "gated": False}
+
+
+def test_the_paper_preset_costs_what_the_facts_say():
+    """facts/jax.md: 4.5 GFLOP per token at T = 12,000 and S ≈ 1,900, 39 % of it self-attention."""
+    parts = decoder_flops(12_000, 1_900, **PAPER, logits=0)
+    assert training_flops(parts) / 12_000 == pytest.approx(4.5e9, rel=0.02)
+    assert parts["self_attention"] / sum(parts.values()) == pytest.approx(0.39, abs=0.01)
+
+
+def test_products_equal_xlas_count():
+    t, s, d, n, h = 24, 40, 32, 4, 8
+
+    def attend(q, k, v):
+        weights = jnp.einsum("TNH,SNH->NTS", q, k)
+        return jnp.einsum("NTS,SNH->TNH", weights, v)
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((t, n, h), (s, n, h), (s, n, h))]
+    count = jax.jit(attend).lower(*shapes).compile().cost_analysis()["flops"]
+    assert attention_flops(t, s, n, h) == count
+    ffw = decoder_flops(t, 0, layers=1, width=d, heads=n, kv_heads=n, head_dim=h, ffw=48, gated=False, logits=0)["ffw"]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((t, d), (d, 48), (48, d))]
+    assert ffw == jax.jit(lambda x, a, b: x @ a @ b).lower(*shapes).compile().cost_analysis()["flops"]
+
+
+def test_grouped_queries_save_projections_only():
+    whole = decoder_flops(100, 50, **PAPER, logits=7)
+    grouped = decoder_flops(100, 50, **PAPER | {"kv_heads": 2}, logits=7)
+    assert whole["self_attention"] == grouped["self_attention"]
+    assert whole["projections"] - grouped["projections"] == 24 * 2 * (100 + 50) * 1024 * 2 * 6 * 128
+
+
+@pytest.mark.parametrize(
+    ("kind", "flops"),
+    [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("cpu", None), ("TPU v5 lite", 197e12)],
+)
+def test_peaks_are_known_or_none(kind, flops):
+    peak = device_peak(kind)
+    assert (peak and peak.flops) == flops
