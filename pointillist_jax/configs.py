@@ -29,7 +29,78 @@ class IdentityConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FitConfig:
-    """Rigged Gaussian fitting (`fitting/`; facts/avatars_gsplat.md A.3–A.5)."""
+    """Rigged Gaussian fitting (`fitting/`). The defaults are GaussianAvatars' (facts/avatars_gsplat.md A.3–A.5).
+
+    Attributes:
+      iterations: optimiser steps.
+      views_per_step: images per step, of any timesteps.
+      sh_degree: of the colours, raised by one every `sh_interval` iterations. 0 (ours) because tokens carry no colour
+        and the Gaussian decoder paints RGB; GaussianAvatars uses 3.
+      background: grey level behind the head in images and renders; captures are white.
+      lr_means, lr_means_final: log-linear over the run, both times the extent of the cameras.
+      lambda_position, threshold_position: on the local distance from the face, beyond the threshold.
+      lambda_scaling, threshold_scaling: on the local scales, beyond the threshold.
+      densify: density control. Off: the number of Gaussians stays that of the faces.
+      densify_grad: mean |d loss / d means2d|, in normalised device coordinates, above which a Gaussian is doubled.
+      percent_dense: of the extent; larger Gaussians are split, others cloned.
+      split_std: "world" is GaussianAvatars to the letter: children are spread by the world-space standard deviation,
+        in local coordinates; "local" (ours) spreads them over the parent.
+      prune_large_from: iteration after which Gaussians larger than `prune_radius` pixels on the screen or
+        `prune_scale` extents are pruned.
+      opacity_reset_interval: 0 for none. With a white background there is one more at `densify_from`.
+      max_points: budget (ours); 0 for none. Density control may exceed it by `overshoot`; it ends at `budget_at` of
+        the iterations, where Gaussians of least blending weight are pruned in `budget_steps` rounds.
+      finetune_flame: expressions, poses and translations are optimised along.
+      save_interval: iterations between checkpoints of the whole state.
+      log_interval: iterations between entries of the history.
+    """
+
+    iterations: int = 600_000
+    views_per_step: int = 1
+    seed: int = 0
+    sh_degree: int = 0
+    sh_interval: int = 1000
+    background: float = 1.0
+
+    lr_means: float = 0.005
+    lr_means_final: float = 0.00005
+    lr_f_dc: float = 0.0025
+    lr_f_rest: float = 0.0025 / 20
+    lr_opacities: float = 0.05
+    lr_scales: float = 0.017
+    lr_quats: float = 0.001
+
+    lambda_ssim: float = 0.2
+    lambda_position: float = 0.01
+    threshold_position: float = 1.0
+    lambda_scaling: float = 1.0
+    threshold_scaling: float = 0.6
+
+    densify: bool = True
+    densify_from: int = 10_000
+    densify_until: int = 600_000
+    densify_interval: int = 2000
+    densify_grad: float = 2e-4
+    percent_dense: float = 0.01
+    split_std: str = "world"
+    prune_opacity: float = 0.005
+    prune_large_from: int = 60_000
+    prune_radius: float = 20.0
+    prune_scale: float = 0.1
+    opacity_reset_interval: int = 60_000
+
+    max_points: int = 0
+    overshoot: float = 1.3
+    budget_at: float = 0.7
+    budget_steps: int = 3
+
+    finetune_flame: bool = True
+    lr_expr: float = 1e-3
+    lr_pose: float = 1e-5
+    lr_translation: float = 1e-6
+
+    save_interval: int = 60_000
+    log_interval: int = 1000
 
 
 @dataclasses.dataclass(frozen=True)
