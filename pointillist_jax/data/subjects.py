@@ -1,4 +1,4 @@
-"""From a rigged fit on disk to what the token store holds: canonical points, tokens, portrait (DESIGN §2, paper §3.2)."""
+"""From a rigged fit on disk to what the token store holds: canonical points, tokens, portrait (DESIGN §2)."""
 
 from __future__ import annotations
 
