@@ -49,11 +49,7 @@ def load_fit(path: str | os.PathLike, model: FlameModel) -> RiggedFit:
       FileNotFoundError: no fit there.
       FileFormatError: names file and field; a file that is not bound to faces; faces the head does not have.
     """
-    folder = _fit_folder(Path(path))
-    if folder is None:
-        raise FileNotFoundError(
-            f"{path} holds no fit; expected point_cloud.ply, there or in point_cloud/iteration_<N>/: check the path."
-        )
+    folder = fit_folder(path)
     gaussians = load_ply(folder / "point_cloud.ply", num_faces=model.num_faces)
     if gaussians.binding is None:
         raise FileFormatError(
@@ -78,6 +74,16 @@ def save_fit(folder: str | os.PathLike, gaussians: Gaussians, params: FlameParam
     with atomic_folder(folder) as temporary:
         save_ply(temporary / "point_cloud.ply", gaussians)
         save_flame_params(temporary / "flame_param.npz", params, model, dynamic_offset=True)
+
+
+def fit_folder(path: str | os.PathLike) -> Path:
+    """The folder in which `load_fit` finds point_cloud.ply. Raises FileNotFoundError."""
+    folder = _fit_folder(Path(path))
+    if folder is None:
+        raise FileNotFoundError(
+            f"{path} holds no fit; expected point_cloud.ply, there or in point_cloud/iteration_<N>/: check the path."
+        )
+    return folder
 
 
 def find_fits(root: str | os.PathLike) -> dict[str, Path]:
