@@ -13,7 +13,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import grain.checkpoint
 import jax
 import orbax.checkpoint as ocp
 
@@ -49,7 +48,10 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, data: Any, meta: dict[str, Any]) -> None:
-        """Writes a checkpoint in the background, unless this step has one. `data` is the training iterator."""
+        """Writes a checkpoint in the background, unless this step has one. `data` is the training iterator.
+
+        Its state goes into JSON, not through Grain's own handler, which ties it to the number of processes.
+        """
         step = int(state.step)
         if step in self.steps:
             return
@@ -58,7 +60,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.averaged_params),
                 state=ocp.args.StandardSave(_without_ema(state)),
-                data=grain.checkpoint.CheckpointSave(data),
+                data=ocp.args.JsonSave(data.get_state()),
                 meta=ocp.args.JsonSave(meta),
             ),
         )
@@ -76,7 +78,7 @@ class Checkpoints:
 
         Args:
           abstract: ShapeDtypeStructs with shardings, of this run's mesh: it may differ from the one that saved.
-          data: the training iterator.
+          data: the training iterator, of any number of processes.
 
         Raises:
           UserError: none of the checkpoints there can be read into this state.
@@ -100,10 +102,11 @@ class Checkpoints:
         items = {
             "params": ocp.args.StandardRestore(abstract.averaged_params),
             "state": ocp.args.StandardRestore(_without_ema(abstract)),
-            "data": grain.checkpoint.CheckpointRestore(data),
+            "data": ocp.args.JsonRestore(),
             "meta": ocp.args.JsonRestore(),
         }
         found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        data.set_state(found["data"])
         state = TrainState(**found["state"], ema=found["params"] if abstract.ema is not None else None)
         return state, found["meta"]
 
