@@ -26,7 +26,9 @@ def clothing_splats(
     centers = anatomy.template[anatomy.faces].mean(axis=1)
     depth = below_neckline(centers, traits.clothing)
     body = anatomy.outside & (centers[:, 1] < -0.05)
-    spacing = np.where(body & (depth > -0.012), np.where(depth < 0.012, 3.6e-3, 5.6e-3), np.inf)
+    # Fine points where cloth ends, so that its border is sharp.
+    ends = (depth < 0.012) | anatomy.rim
+    spacing = np.where(body & (depth > -0.012), np.where(ends, 3.2e-3, 5.2e-3), np.inf)
     points = scatter(anatomy, vertices, spacing * anatomy.unit / np.sqrt(density), rng)
     depth = below_neckline(points.template, traits.clothing)
     points, depth = points.take(depth > 0), depth[depth > 0]
@@ -43,7 +45,7 @@ def clothing_splats(
     weave = np.cos(2 * np.pi * depth / 0.0042) * (0.05 if traits.clothing == "turtleneck" else 0.0)
     folds = np.cos(points.template @ (rng.normal(size=(3, 6)) * 60) + rng.uniform(0, 6.3, 6)).mean(axis=1)
     tone = shading(anatomy, points) * (1 + weave + 0.09 * folds - 0.14 * edge + 0.02 * rng.normal(size=len(points)))
-    cloth = discs(points, np.array(traits.clothing_rgb) * tone[:, None], "clothing", spread=0.85)
+    cloth = discs(points, np.array(traits.clothing_rgb) * tone[:, None], "clothing", spread=0.72)
     cloth.means = points.positions + lift[:, None] * points.normals
     return [cloth]
 

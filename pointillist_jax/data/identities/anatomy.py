@@ -46,6 +46,7 @@ class Anatomy:
       light: [V] in [0, 1], sky light that arrives, ambient occlusion included.
       stretch: [F] ≥ 1, the largest growth of a face's area over the poses that unfold skin.
       rigid: [F] bool, faces that move with the skull as one.
+      rim: [F] bool, faces at the lower end of the mesh.
     """
 
     model: FlameModel
@@ -58,6 +59,7 @@ class Anatomy:
     light: np.ndarray
     stretch: np.ndarray
     rigid: np.ndarray
+    rim: np.ndarray
 
     def region(self, name: str) -> np.ndarray:
         """[V] soft membership; zeros for a region the model does not have."""
@@ -107,9 +109,10 @@ def study(model: FlameModel) -> Anatomy:
         regions={name: _soft(faces, mask, len(vertices)) for name, mask in face_regions.items()},
         face_regions=face_regions,
         outside=~inside,
-        light=_sky_light(vertices, faces),
+        light=_sky_light(vertices, faces, ~inside),
         stretch=stretch,
         rigid=still[faces].all(axis=1) & ~inside,
+        rim=_rim(faces, len(vertices)) & ~inside,
     )
 
 
@@ -147,6 +150,15 @@ def azimuth(points: np.ndarray) -> np.ndarray:
     return np.degrees(np.arctan2(points[..., 0], points[..., 2] + 0.035))
 
 
+def _rim(faces: np.ndarray, num_vertices: int) -> np.ndarray:
+    """[F] faces with a vertex on an open edge."""
+    pairs = np.sort(np.concatenate([faces[:, [i, (i + 1) % 3]] for i in range(3)]), axis=1)
+    edges, uses = np.unique(pairs, axis=0, return_counts=True)
+    open_vertices = np.zeros(num_vertices, bool)
+    open_vertices[edges[uses == 1]] = True
+    return open_vertices[faces].any(axis=1)
+
+
 def _soft(faces: np.ndarray, mask: np.ndarray, num_vertices: int) -> np.ndarray:
     """Share of a vertex's faces that belong to the region."""
     corner = faces.T.ravel()
@@ -154,31 +166,32 @@ def _soft(faces: np.ndarray, mask: np.ndarray, num_vertices: int) -> np.ndarray:
     return np.bincount(corner, np.tile(mask.astype(np.float64), 3), num_vertices) / np.maximum(count, 1)
 
 
-def _sky_light(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+def _sky_light(vertices: np.ndarray, faces: np.ndarray, outside: np.ndarray) -> np.ndarray:
     """[V] in [0, 1]: how much of a soft sky, brightest above and in front, each vertex sees.
 
     Faces are taken as discs that shade each other (Bunnell 2005); only those that face a vertex block its light.
+    What lies inside the mouth and the sockets is left in the dark.
     """
     normals = vertex_normals(vertices, faces)
     area2 = face_normals(vertices, faces)
     areas, centers = np.linalg.norm(area2, axis=1) / 2, vertices[faces].mean(axis=1)
     face = unit(area2)
     # Thousands of tiny faces in the ears add nothing but time.
-    heavy = areas > 0.05 * np.median(areas)
+    heavy = outside & (areas > 0.05 * np.median(areas))
     areas, centers, face = areas[heavy], centers[heavy], face[heavy]
-    open_sky = 0.5 + 0.35 * normals @ _SKY
-    blocked = np.zeros(len(vertices))
-    for start in range(0, len(vertices), 512):
-        rows = slice(start, start + 512)
-        offset = (centers[None] - vertices[rows, None]).astype(np.float32)
+    seen = np.unique(faces[outside])
+    light = np.full(len(vertices), 0.3)
+    for start in range(0, len(seen), 512):
+        rows = seen[start : start + 512]
+        offset = (centers[None] - vertices[rows][:, None]).astype(np.float32)
         square = np.einsum("vfa,vfa->vf", offset, offset) + 1e-8
         inverse = 1 / np.sqrt(square)
         receive = np.maximum(np.einsum("vfa,va->vf", offset, normals[rows].astype(np.float32)) * inverse, 0)
         emit = np.maximum(-np.einsum("vfa,fa->vf", offset, face.astype(np.float32)) * inverse, 0)
         sky = 0.6 + 0.4 * (offset @ _SKY.astype(np.float32)) * inverse
         solid = receive * emit * areas.astype(np.float32) / (np.pi * square + areas.astype(np.float32))
-        blocked[rows] = np.einsum("vf,vf->v", solid, sky)
-    return np.clip(open_sky - blocked, 0.0, 1.0) / 0.85
+        light[rows] = 0.5 + 0.35 * normals[rows] @ _SKY - np.einsum("vf,vf->v", solid, sky)
+    return np.clip(light, 0.0, 1.0) / 0.85
 
 
 _SKY = np.array([0.10, 0.72, 0.68]) / np.linalg.norm([0.10, 0.72, 0.68])

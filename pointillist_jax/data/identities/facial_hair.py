@@ -61,9 +61,9 @@ def beard_splats(
         rgb = (
             color * np.exp(0.25 * rng.normal(size=(num, 1))) * (0.7 + 0.3 * np.clip(roots.normals[:, 1:2] + 0.6, 0, 1))
         )
-        size = roots.spacing * 0 + 0.75e-3 / np.sqrt(density)
+        size = roots.spacing * 0 + 0.52e-3 / np.sqrt(density)
         dots = SurfacePoints(roots.faces, roots.barycentrics, roots.positions, roots.normals, roots.template, size)
-        return [discs(dots, rgb, "beard", spread=0.9, lift=4e-4, opacity=0.55)]
+        return [discs(dots, rgb, "beard", spread=0.9, lift=4e-4, opacity=0.42)]
     q = roots.template
     lip = smoothstep(q[:, 1], -0.043, -0.038) * (np.abs(q[:, 0]) < 0.032)
     side = np.sign(q[:, :1])
@@ -75,7 +75,7 @@ def beard_splats(
     chin = np.exp(-((q[:, 0] / 0.03) ** 2)) * smoothstep(q[:, 1], -0.055, -0.08)
     edge = 0.45 + 0.55 * beard_weight(q, traits.beard) * smoothstep(q[:, 1], -0.005, -0.03)
     length = traits.beard_length * np.where(lip > 0.5, 0.42, 0.55 + 0.9 * chin) * edge * rng.uniform(0.75, 1.15, num)
-    length = np.where(lip > 0.5, np.minimum(length, 0.0085 * anatomy.unit), length)
+    length = np.where(lip > 0.5, np.clip(length, 0.005 * anatomy.unit, 0.0085 * anatomy.unit), length)
     height = rng.random(num)
     points = grow(collider, roots.positions, direction, length, (0.1 + 0.35 * height) * length, 4, gravity=0.18, rise=3)
     shade = (0.62 + 0.38 * height)[:, None] * np.array([0.7, 0.9, 1, 1, 1])[None]
@@ -83,7 +83,7 @@ def beard_splats(
     strands = Strands(points, roots.faces, 1.15e-3 / np.sqrt(density) * rng.uniform(0.8, 1.2, num), shade)
     return [
         strand_splats(
-            strands, color, "beard", rng, variation=0.22, grey=1.5 * traits.grey, shine=0.05, opacity=0.88, flat=0.7
+            strands, color, "beard", rng, variation=0.22, grey=0.8 * traits.grey, shine=0.02, opacity=0.88, flat=0.7
         )
     ]
 
@@ -148,7 +148,7 @@ def lash_splats(
             rows = np.flatnonzero(own & ((height > line) == upper))
             if not len(rows):
                 continue
-            num = max(6, int((26 if upper else 10) * np.sqrt(density)))
+            num = max(6, int((44 if upper else 12) * np.sqrt(density)))
             pick = rng.choice(rows, num, p=lengths[rows] / lengths[rows].sum())
             share = rng.random((num, 1))
             roots = share * ends[pick, 0] + (1 - share) * ends[pick, 1]
@@ -157,13 +157,13 @@ def lash_splats(
                 [0.5 * np.sign(roots[:, :1]), np.full((num, 1), 0.25 if upper else -0.5), np.full((num, 1), 0.3)],
                 axis=1,
             )
-            size = (0.0075 if upper else 0.0042) * anatomy.unit * rng.uniform(0.75, 1.1, (num, 1))
+            size = (0.0052 if upper else 0.0026) * anatomy.unit * rng.uniform(0.75, 1.1, (num, 1))
             steps = np.array([0, 0.4, 0.75, 1.0])[None, :, None]
             bend = np.array([0.0, 1.0 if upper else -0.5, 0.0])
             points = roots[:, None] + size[:, None] * (
                 steps * unit(outward + 0.6 * fan)[:, None] + 0.55 * steps**2 * bend
             )
-            strands.append(Strands(points, edges[pick, 2], np.full(num, 0.22e-3), np.full((num, 4), 0.8)))
+            strands.append(Strands(points, edges[pick, 2], np.full(num, 0.14e-3), np.full((num, 4), 0.8)))
     color = np.minimum(np.array(traits.hair_rgb) * 0.4, 0.12)
     return [strand_splats(s, color, "lash", rng, shine=0.0, opacity=0.5, flat=0.8, tip=0.5) for s in strands]
 

@@ -81,6 +81,9 @@ def _roots(anatomy, vertices, traits, spacing: float, rng) -> SurfacePoints:
     corners = anatomy.template[anatomy.faces]
     high = above_hairline(corners.reshape(-1, 3), traits.recession).reshape(-1, 3).max(axis=1)
     wanted[anatomy.outside & ~anatomy.faces_of("ears") & (high > -0.003)] = spacing
+    if traits.fringe:
+        centers = corners.mean(axis=1)
+        wanted[(np.abs(azimuth(centers)) < 48) & (above_hairline(centers, traits.recession) < 0.022)] *= 0.6
     points = scatter(anatomy, vertices, wanted, rng)
     # A natural hairline is no line: hair thins out over a few millimetres.
     edge = above_hairline(points.template, traits.recession) + rng.normal(0, 0.0015, len(points))
@@ -166,17 +169,17 @@ def _short(anatomy, vertices, collider, roots, segments, traits, density, rng):
     sides = np.concatenate([0 * side, -1.0 + 0 * side, -0.45 + 0 * side], axis=1)
     flow = _tangential(top[:, None] * comb + (1 - top[:, None]) * sides, normals)
     # Neighbours are combed alike: the disorder is smooth over a few centimetres, with a little for each lock.
-    flow = flow + 0.35 * _smooth_noise(roots.positions, rng, 45.0) + 0.15 * rng.normal(size=(num, 3))
+    flow = flow + 0.22 * _smooth_noise(roots.positions, rng, 40.0) + 0.10 * rng.normal(size=(num, 3))
     height = rng.random(num)
-    direction = flow + (0.35 + 0.45 * top)[:, None] * normals
+    direction = flow + (0.25 + 0.30 * top)[:, None] * normals
     length = traits.hair_length * (0.42 + 0.58 * top) * rng.uniform(0.8, 1.1, num)
     front = smoothstep(above_hairline(q, traits.recession), 0.0, 0.02)
-    clearance = (
-        (0.003 + 0.004 * height + top * (0.004 + 0.009 * height)) * (0.55 + 0.45 * front) * (1 + 0.8 * traits.curl)
-    )
+    # Hair lies flat at its edge and along the parting.
+    flat = (0.5 + 0.5 * front) * (0.6 + 0.4 * smoothstep(np.abs(q[:, 0] - traits.parting), 0.0, 0.02))
+    clearance = (0.0015 + 0.003 * height + top * (0.002 + 0.008 * height)) * flat * (1 + 0.7 * traits.curl)
     guard = _face_guard(anatomy, vertices, top=0.058 if traits.fringe else 0.088)
-    points = grow(collider, roots.positions, direction, length, clearance, segments, gravity=0.14, pull=guard, rise=3)
-    points = curl(points, traits.curl, 0.0055, 38, rng)
+    points = grow(collider, roots.positions, direction, length, clearance, segments, gravity=0.20, pull=guard, rise=3)
+    points = curl(points, traits.curl, 0.0035, 38, rng)
     strands = Strands(
         points,
         rigid_faces(anatomy, vertices, roots.positions),
@@ -222,18 +225,25 @@ def _long(anatomy, vertices, collider, roots, segments, traits, density, rng):
         length[bangs] = 0.046 * anatomy.unit * rng.uniform(0.85, 1.1, int(bangs.sum()))
     # Roots low at the sides and the nape lie under the others.
     upper = smoothstep(q[:, 1], -0.02, 0.09)
-    clearance = 0.002 + (0.003 + 0.013 * height) * (0.35 + 0.65 * upper) * (1 + 0.9 * traits.curl)
+    clearance = 0.0015 + (0.001 + 0.010 * height) * (0.3 + 0.7 * upper) * (1 + 0.7 * traits.curl)
     clearance[bangs] *= 0.5
-    direction = flow + 0.55 * normals
+    direction = flow + 0.3 * normals
     face = _face_guard(anatomy, vertices)
     brow = _face_guard(anatomy, vertices, top=0.058)
 
-    def pull(points, heading, step):
-        return np.where(bangs[:, None], brow(points, heading, step), face(points, heading, step))
+    scale, shift = _template_frame(anatomy, vertices)
 
-    points = grow(collider, roots.positions, direction, length, clearance, segments, gravity=0.42, pull=pull, rise=2)
+    def pull(points, heading, step):
+        # Below the chin hair falls before or behind the shoulders, not over their ends.
+        at = (points - shift) / scale
+        low, wide = smoothstep(at[:, 1], -0.03, -0.08), smoothstep(np.abs(at[:, 0]), 0.05, 0.085)
+        before = np.where(at[:, 2] > -0.045, 0.55, -0.55)
+        shoulders = low[:, None] * np.stack([-0.9 * np.sign(at[:, 0]) * wide, 0 * wide, before * wide], axis=1)
+        return np.where(bangs[:, None], brow(points, heading, step), face(points, heading, step)) + shoulders
+
+    points = grow(collider, roots.positions, direction, length, clearance, segments, gravity=0.75, pull=pull, rise=2)
     amount = np.where(bangs, 0.3, 1.0)[:, None, None]
-    points = points + amount * (curl(points, traits.curl, 0.009, 17, rng) - points)
+    points = points + amount * (curl(points, traits.curl, 0.0065, 17, rng) - points)
     shade = _layer_shade(0.5 * height + 0.5 * upper, segments, 0.5, 0.7)
     strands = Strands(
         points,
@@ -315,10 +325,10 @@ def _tail(collider, tie, back, held, traits, density, scale, center, rng):
     spread = _tangential(rng.normal(size=(num, 3)), np.broadcast_to(back, (num, 3)))
     distance = scale * 0.011 * np.sqrt(rng.random((num, 1)))
     roots = tie + 0.008 * scale * back + distance * spread
-    direction = back + 0.25 * np.array([0, 1.0, 0]) + 18 * distance * spread
+    direction = back + 0.1 * np.array([0, 1.0, 0]) + 18 * distance * spread
     length = traits.hair_length * rng.uniform(0.85, 1.05, num) * scale
     height = rng.random(num)
-    points = grow(collider, roots, direction, length, 0.004 + 0.022 * height, segments, gravity=0.38, rise=4)
+    points = grow(collider, roots, direction, length, 0.004 + 0.022 * height, segments, gravity=0.6, rise=4)
     points = curl(points, traits.curl, 0.009, 17, rng)
     shade = (0.6 + 0.4 * height)[:, None] * np.ones((1, segments + 1))
     strands = Strands(points, np.full(num, held), 2.8e-3 / np.sqrt(density) * rng.uniform(0.7, 1.2, num), shade)

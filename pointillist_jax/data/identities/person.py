@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -84,6 +85,8 @@ def sample_identity(
     for tint, rgb in (
         (hair.scalp_tint(anatomy, points, traits), np.array(traits.hair_rgb) * 0.55),
         (facial_hair.beard_tint(anatomy, points, traits), np.array(traits.beard_rgb) * 0.8),
+        # What little skin shows between threads at the collar must not look like a hole in it.
+        (accessories.below_neckline(points.template, traits.clothing) > 5e-4, np.array(traits.clothing_rgb) * 0.8),
     ):
         colors = colors + tint[:, None] * (rgb - colors)
     splats = skin.head_splats(anatomy, points, colors, traits)
@@ -112,18 +115,31 @@ def sample_identity(
 def _bind(anatomy: Anatomy, vertices: np.ndarray, splats: list[Splats]) -> Gaussians:
     """World-space splats round the neutral mesh → local to their faces, float32."""
 
-    def gather(name: str) -> jnp.ndarray:
-        return jnp.asarray(np.concatenate([getattr(s, name) for s in splats]), jnp.float32)
+    count = sum(len(s) for s in splats)
+    # People differ in their number of Gaussians; padded to few sizes they share compiled programs.
+    spare = -count % 8192
 
-    world = Gaussians(
-        means=gather("means"),
-        quats=rotation_to_quat(gather("axes")),
-        scales=jnp.maximum(gather("scales"), 1e-5),
-        opacities=gather("opacities"),
-        colors=gather("colors"),
+    def gather(name: str) -> np.ndarray:
+        values = np.concatenate([getattr(s, name) for s in splats])
+        return np.concatenate([values, np.repeat(values[:1], spare, axis=0)])
+
+    arrays = {name: gather(name).astype(np.float32) for name in ("means", "axes", "scales", "opacities", "colors")}
+    local = _to_local(
+        arrays, gather("binding").astype(np.int32), jnp.asarray(vertices, jnp.float32), anatomy.model.faces
     )
-    binding = jnp.asarray(np.concatenate([s.binding for s in splats]), jnp.int32)
-    return global_to_local(world, binding, face_frames(jnp.asarray(vertices, jnp.float32), jnp.asarray(anatomy.faces)))
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[:count]), local)
+
+
+@jax.jit
+def _to_local(arrays: dict[str, jax.Array], binding: jax.Array, vertices: jax.Array, faces: jax.Array) -> Gaussians:
+    world = Gaussians(
+        means=arrays["means"],
+        quats=rotation_to_quat(arrays["axes"]),
+        scales=jnp.maximum(arrays["scales"], 1e-5),
+        opacities=arrays["opacities"],
+        colors=arrays["colors"],
+    )
+    return global_to_local(world, binding, face_frames(vertices, faces))
 
 
 def _cheek_faces(anatomy: Anatomy) -> np.ndarray:

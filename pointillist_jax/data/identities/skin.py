@@ -85,7 +85,7 @@ def skin_colors(anatomy: Anatomy, points: SurfacePoints, traits: Traits, rng: np
     waves = rng.normal(size=(3, 10)) * 110
     blotch = np.cos(q @ waves + rng.uniform(0, 2 * np.pi, 10)).mean(axis=1)
     grain = rng.normal(size=len(points))
-    colors = colors * (1 + 0.045 * blotch + 0.018 * grain)[:, None]
+    colors = colors * (1 + 0.03 * blotch + 0.010 * grain)[:, None]
     if traits.freckles:
         near = np.exp(-(((x - 0.03) / 0.028) ** 2) - (((y - 0.0) / 0.018) ** 2)) * (z > 0.01)
         spot = (rng.random(len(points)) < 0.35 * near) * rng.uniform(0.3, 0.8, len(points)) * traits.freckles
@@ -109,7 +109,7 @@ def gloss(points: SurfacePoints) -> np.ndarray:
 def head_splats(anatomy: Anatomy, points: SurfacePoints, colors: np.ndarray, traits: Traits) -> list[Splats]:
     """Discs for skin, teeth and the mouth's inside, lit."""
     light = shading(anatomy, points)
-    shine = 0.07 * gloss(points) * (1 + points.blend(anatomy, anatomy.region("lips")))
+    shine = (0.07 + 0.05 * traits.skin_tone) * gloss(points) * (1 + points.blend(anatomy, anatomy.region("lips")))
     lit = colors * light[:, None] + shine[:, None]
     inside = anatomy.faces_of("mouth_inside")[points.faces]
     teeth, tongue = (anatomy.faces_of(name)[points.faces] for name in ("teeth", "tongue"))
@@ -122,7 +122,7 @@ def head_splats(anatomy: Anatomy, points: SurfacePoints, colors: np.ndarray, tra
     lit = np.where(inside[:, None], colors * (0.45 + 0.5 * light)[:, None], lit)
     splats = []
     for part, rows in (("skin", ~(inside | teeth | tongue)), ("mouth", inside | tongue), ("teeth", teeth)):
-        splats.append(discs(points.take(rows), lit[rows], part, spread=0.80 if part == "skin" else 0.7))
+        splats.append(discs(points.take(rows), lit[rows], part, spread=0.86 if part == "skin" else 0.7))
     return splats
 
 

@@ -101,7 +101,7 @@ def strand_splats(
     part: str,
     rng: np.random.Generator,
     *,
-    variation: float = 0.16,
+    variation: float = 0.12,
     grey: float = 0.0,
     shine: float = 0.10,
     flat: float = 0.5,
@@ -133,11 +133,11 @@ def strand_splats(
     width = strands.width[:, None] * np.linspace(1.0, tip, S)[None]
 
     tone = np.exp(variation * rng.normal(size=(N, 1)))
-    warmth = 1 + 0.05 * rng.normal(size=(N, 1))
+    warmth = 1 + 0.025 * rng.normal(size=(N, 1))
     rgb = np.asarray(color) * tone[..., None] * np.concatenate([warmth, np.ones((N, 1)), 1 / warmth], axis=1)[:, None]
     rgb = np.broadcast_to(rgb, (N, S, 3)).copy()
     pale = rng.random(N) < grey
-    rgb[pale] += 0.6 * (0.55 - rgb[pale])
+    rgb[pale] += 0.45 * (0.55 - rgb[pale])
     shade = (strands.shade[:, 1:] + strands.shade[:, :-1]) / 2
     # Hair shines where it lies across the light (Kajiya and Kay 1989): dark hair least in total, most in contrast.
     across = np.sqrt(np.clip(1 - (tangent @ _HALF) ** 2, 0, 1))

@@ -19,7 +19,7 @@ class SurfacePoints:
       positions: [P, 3] metres, on the identity's neutral mesh.
       normals: [P, 3] smooth unit normals.
       template: [P, 3] the same places in template coordinates.
-      spacing: [P] metres to the nearest neighbours.
+      spacing: [P] metres, about the distance between neighbours here.
     """
 
     faces: np.ndarray
@@ -41,7 +41,7 @@ class SurfacePoints:
 
 
 def scatter(
-    anatomy: Anatomy, vertices: np.ndarray, spacing: np.ndarray, rng: np.random.Generator, oversample: float = 7.0
+    anatomy: Anatomy, vertices: np.ndarray, spacing: np.ndarray, rng: np.random.Generator, oversample: float = 4.0
 ) -> SurfacePoints:
     """Poisson-disc samples: no two nearer than `spacing` [F] of their faces (metres; infinite leaves a face empty).
 
@@ -73,7 +73,13 @@ def scatter(
             rivals = np.asarray(neighbours)
             alive[rivals[normals[rivals] @ normals[i] > 0.2]] = False
     chosen = np.array(chosen, int)
-    return locate(anatomy, vertices, owner[chosen], bary[chosen], radius[chosen])
+    # Random points leave gaps: a point that has to cover more of the surface alone is made larger.
+    reach = np.zeros(len(chosen))
+    if len(chosen):
+        distance, nearest = cKDTree(points[chosen]).query(points)
+        np.maximum.at(reach, nearest, distance)
+    size = np.clip(1.3 * reach, 0.85 * radius[chosen], 1.5 * radius[chosen])
+    return locate(anatomy, vertices, owner[chosen], bary[chosen], size)
 
 
 def locate(
@@ -166,9 +172,16 @@ class Collider:
         """Signed distance [P] (negative inside) and outward normal [P, 3] of the surface nearest to points [P, 3]."""
         _, index = self._tree.query(points)
         normals = self._normals[index]
-        return np.einsum("pa,pa->p", points - self._points[index], normals), normals
+        offset = points - self._points[index]
+        return np.einsum("pa,pa->p", offset, normals), normals
 
     def push_out(self, points: np.ndarray, clearance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Points [P, 3] at least `clearance` [P] away from the surface, and the normals there."""
         distance, normals = self.nearest(points)
-        return points + np.maximum(clearance - distance, 0)[:, None] * normals, normals
+        # Far below a surface is beyond its rim: what hangs past the end of the shoulders hangs freely.
+        short = np.where(distance > -_DEEPEST, np.maximum(clearance - distance, 0), 0)
+        return points + short[:, None] * normals, normals
+
+
+# No step of a lock reaches deeper than this below the skin, metres.
+_DEEPEST = 0.03

@@ -109,15 +109,15 @@ def sample_traits(
     drawn_beard = str(rng.choice(BEARDS, p=beards[drawn_style]))
     style, beard = hair_style or drawn_style, beard or drawn_beard
     low, high = {
-        "bald": (0.0, 0.0), "cropped": (0.006, 0.014), "short": (0.040, 0.070), "long": (0.26, 0.38),
-        "bun": (0.2, 0.2), "ponytail": (0.20, 0.30),
+        "bald": (0.0, 0.0), "cropped": (0.006, 0.014), "short": (0.026, 0.050), "long": (0.20, 0.34),
+        "bun": (0.2, 0.2), "ponytail": (0.18, 0.28),
     }[style]  # fmt: skip
     draw = rng.random(12)
     curl = float(np.clip(draw[0] * 1.1 - 0.25 + 0.5 * (tone > 0.6), 0, 1))
     pale = np.array([0.62, 0.61, 0.60])
-    grey = float(0.15 * draw[1] ** 3 + (0.3 if hair_name == "grey" else 0.0))
+    grey = float(0.12 * max(0.0, 3 * draw[1] - 2) + (0.3 if hair_name == "grey" else 0.0))
     beard_rgb = hair * [1.08, 0.96, 0.92] + (0.25 * draw[2] if grey > 0.05 else 0.0) * (pale - hair)
-    lip = np.clip(skin * [0.80, 0.54, 0.55] + draw[3] * np.array([0.05, -0.03, -0.01]), 0, 1)
+    lip = np.clip(skin * [0.84, 0.60, 0.59] + draw[3] * np.array([0.05, -0.03, -0.01]), 0, 1)
     painted = style in ("long", "bun", "ponytail") and beard == "none" and draw[4] < 0.4
     if painted:
         lip = 0.45 * lip + 0.55 * np.array([0.66, 0.16, 0.20])
@@ -126,9 +126,9 @@ def sample_traits(
         skin_tone=tone,
         skin_color=_rgb(skin),
         blush=float(0.35 + 0.65 * draw[6]),
-        freckles=float(max(0.0, rng.normal(0.1, 0.45))) if tone < 0.35 else 0.0,
+        freckles=float(max(0.0, rng.normal(0.0, 0.35))) if tone < 0.35 else 0.0,
         lip_color=_rgb(lip),
-        lip_strength=0.95 if painted else 0.78,
+        lip_strength=0.95 if painted else 0.70,
         eyes=eyes,
         eye_color=_rgb(np.array(_EYES[eyes][0]) * (1 + rng.normal(0, 0.06))),
         eye_color_inner=_rgb(np.array(_EYES[eyes][1])),
