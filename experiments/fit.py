@@ -1,0 +1,323 @@
+"""Fits rigged Gaussians to captures: people of `experiments.make_identities`, or your NeRSemble/VHAP exports.
+
+    python -m experiments.fit --capture=outputs/people --workdir=outputs/fits [--subjects=person_0000,person_0001]
+        [--config=tiny|small|paper] [--config.fit.<field>=<value>] [--processes=2] [--num_shards=4 --shard=0]
+        [--downscale=2] [--seed=0] [--compare_density] [--resume|--overwrite]
+
+`--capture` is one capture folder or a folder of many. Of each subject, `<workdir>/<subject>/` gets GaussianAvatars'
+`point_cloud/iteration_<N>/{point_cloud.ply,flame_param.npz}`, report.json (PSNR and SSIM of every training, held-out
+camera and held-out expression view, counts over time and by part of the head), report.png (truth beside fit) and
+timing.json. After a kill, `--resume` continues with the last checkpoint and ends with the same bytes.
+`--compare_density` fits every subject twice, with density control and without, and prints one table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import shutil
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from experiments.common import run
+from experiments.config_flags import define_config
+from experiments.media import write_image
+from experiments.pictures import contact_sheet
+from pointillist_jax.configs import FitConfig
+from pointillist_jax.files import ArraySpec, UserError, atomic_path, read_json, read_npz
+
+CAPTURE = flags.DEFINE_string("capture", None, "A capture folder, or a folder of capture folders.")
+WORKDIR = flags.DEFINE_string("workdir", "outputs/fits", "Where the fits go.")
+SUBJECTS = flags.DEFINE_list("subjects", None, "Only these subjects of --capture.")
+FLAME = flags.DEFINE_string("flame", None, "Your FLAME .pkl, for captures tracked with FLAME.")
+DETAIL = flags.DEFINE_enum("detail", None, ["coarse", "full"], "Open head of the captures; as identities.json says.")
+DOWNSCALE = flags.DEFINE_integer("downscale", 1, "Divides the size of the images.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Of the order of views and the places of split Gaussians.", lower_bound=0)
+COMPARE = flags.DEFINE_boolean("compare_density", False, "Fit with and without density control and compare.")
+PROCESSES = flags.DEFINE_integer("processes", 1, "Subjects fitted side by side.", lower_bound=1)
+NUM_SHARDS = flags.DEFINE_integer("num_shards", 1, "Machines that share the subjects.", lower_bound=1)
+SHARD = flags.DEFINE_integer("shard", 0, "Which of them this is.", lower_bound=0)
+RESUME = flags.DEFINE_boolean("resume", False, "Continue the fits in --workdir.")
+OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Delete the fits of these subjects in --workdir first.")
+CONFIG = define_config("fit")
+
+_SHEET_VIEWS = 4  # of each split
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One subject. Picklable, for worker processes."""
+
+    capture: str
+    folder: str
+    name: str
+    config: FitConfig
+    flame: str | None
+    detail: str
+    downscale: int
+
+
+def main() -> None:
+    start = time.perf_counter()
+    jobs = list_jobs()
+    prepare(jobs)
+    waiting = [job for job in jobs if not (Path(job.folder) / "report.json").is_file()]
+    if len(waiting) < len(jobs):
+        print(f"{len(jobs) - len(waiting)} of {len(jobs)} fits are done already")
+    failed = fit_all(waiting)
+
+    reports = [(job, read_report(job)) for job in jobs if (Path(job.folder) / "report.json").is_file()]
+    print_table(reports)
+    if COMPARE.value:
+        compare(reports)
+    print(f"\ndone in {time.perf_counter() - start:.0f} s; everything lies in {Path(WORKDIR.value)}/:")
+    print("  <subject>/point_cloud/iteration_<N>/  the fit: opens in GaussianAvatars' viewer and experiments.tokenize")
+    print("  <subject>/report.json, report.png     scores, counts by part of the head, truth beside fit")
+    if failed:
+        raise UserError("\n".join(["some subjects could not be fitted:", *(f"  {n}: {e}" for n, e in failed)]))
+
+
+def list_jobs() -> list[Job]:
+    """The fits of this shard. Raises UserError for flags that do not go together."""
+    if CAPTURE.value is None:
+        raise UserError("--capture is missing; name a capture folder, such as one made by experiments.make_identities.")
+    if SHARD.value >= NUM_SHARDS.value:
+        raise UserError(f"--shard={SHARD.value} must be less than --num_shards={NUM_SHARDS.value}.")
+    if RESUME.value and OVERWRITE.value:
+        raise UserError("--resume and --overwrite exclude each other; give one.")
+    captures = find_captures(Path(CAPTURE.value))
+    if SUBJECTS.value:
+        if missing := [name for name in SUBJECTS.value if name not in captures]:
+            raise UserError(f"{CAPTURE.value} has no subject {missing[0]!r}; it has: {', '.join(list(captures)[:20])}.")
+        captures = {name: captures[name] for name in SUBJECTS.value}
+    config = dataclasses.replace(CONFIG().fit, seed=SEED.value)
+    variants = {"": config}
+    if COMPARE.value:
+        variants = {"": dataclasses.replace(config, densify=True), "_fixed": dataclasses.replace(config, densify=False)}
+    jobs = [
+        Job(
+            capture=str(folder),
+            folder=str(Path(WORKDIR.value) / (name + suffix)),
+            name=name + suffix,
+            config=variant,
+            flame=FLAME.value,
+            detail=DETAIL.value or head_of(folder),
+            downscale=DOWNSCALE.value,
+        )
+        for name, folder in list(captures.items())[SHARD.value :: NUM_SHARDS.value]
+        for suffix, variant in variants.items()
+    ]
+    return jobs
+
+
+def find_captures(root: Path) -> dict[str, Path]:
+    """Subject → capture folder."""
+    if (root / "transforms_train.json").is_file():
+        return {root.resolve().name: root}
+    children = sorted(root.iterdir()) if root.is_dir() else []
+    found = {c.name: c for c in children if not c.name.startswith(".") and (c / "transforms_train.json").is_file()}
+    if not found:
+        raise UserError(
+            f"{root} is no capture and holds none; expected transforms_train.json in it or in its folders: check "
+            "--capture."
+        )
+    return found
+
+
+def head_of(capture: Path) -> str:
+    """Which open head a synthetic person has; "full" where nothing says so."""
+    card = capture / "identity.json"
+    if not card.is_file():
+        return "full"
+    head = read_json(card, "a synthetic person's card").get("head")
+    source = head.get("source", "") if isinstance(head, dict) else ""
+    return "coarse" if isinstance(source, str) and "coarse" in source else "full"
+
+
+def prepare(jobs: list[Job]) -> None:
+    """Raises UserError for a workdir with fits of these subjects, unless told what to do with them."""
+    workdir = Path(WORKDIR.value)
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; name a folder.")
+    for job in jobs:
+        folder = Path(job.folder)
+        if folder.exists() and OVERWRITE.value:
+            shutil.rmtree(folder)
+        elif folder.exists() and any(folder.iterdir()) and not RESUME.value:
+            raise UserError(f"{folder} is not empty; give --resume to continue it or --overwrite to start anew.")
+
+
+def fit_all(jobs: list[Job]) -> list[tuple[str, str]]:
+    """Fits every job; returns (name, what was wrong) of those that could not be."""
+    failed = []
+    if PROCESSES.value == 1 or len(jobs) < 2:
+        for job in jobs:
+            if said := fit_job(job):
+                failed.append((job.name, said))
+        return failed
+    # JAX must not be forked: workers start afresh. The bar counts finished subjects; a worker's own would overwrite it.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(PROCESSES.value, len(jobs)), mp_context=context) as pool:
+        futures = {pool.submit(fit_job, job, False): job for job in jobs}
+        bar = tqdm(as_completed(futures), total=len(jobs), desc="fit", unit="person")
+        for future in bar:
+            if said := future.result():
+                failed.append((futures[future].name, said))
+    return failed
+
+
+def fit_job(job: Job, show: bool = True) -> str | None:
+    """Fits one subject and writes its folder; returns a sentence if the user has to mend something."""
+    try:
+        _fit_job(job, show)
+    except (UserError, FileNotFoundError) as error:
+        return str(error)
+    return None
+
+
+def _fit_job(job: Job, show: bool) -> None:
+    from pointillist_jax.data.captures import load_capture
+    from pointillist_jax.data.fits import save_fit
+    from pointillist_jax.fitting import FitData, evaluate, fit
+    from pointillist_jax.fitting.evaluate import count_by_part
+
+    model = load_head(job)
+    capture = load_capture(job.capture, model, downscale=job.downscale)
+    data = FitData.from_capture(capture, face_groups(Path(job.capture), model.num_faces))
+    folder, config = Path(job.folder), job.config
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "checkpoint.npz"
+
+    start = time.perf_counter()
+    bar = tqdm(total=config.iterations, desc=job.name, unit="it", disable=not show)
+
+    def progress(iteration: int, figures: dict[str, Any]) -> None:
+        bar.update(iteration - bar.n)
+        bar.set_postfix(psnr=f"{figures['train_psnr']:.1f}", gaussians=figures["gaussians"], refresh=False)
+
+    result = fit(data, model, config, checkpoint=checkpoint, progress=progress)
+    bar.close()
+    fitted = time.perf_counter() - start
+    save_fit(folder / f"point_cloud/iteration_{config.iterations}", result.gaussians, result.params, model)
+
+    look = {"sh_degree": config.sh_degree, "background": config.background, "capacity": result.capacity}
+    scores = evaluate(result.state, result.scene, data, **look)
+    write_image(folder / "report.png", sheet(result, data, scores, look))
+    write_json(folder / "timing.json", {"fit_s": round(fitted, 1), "total_s": round(time.perf_counter() - start, 1)})
+    report = {
+        "subject": data.subject,
+        "iterations": config.iterations,
+        "gaussians": result.gaussians.num_gaussians,
+        "scores": {name: {k: v for k, v in split.items() if k != "per_view"} for name, split in scores.items()},
+        "parts": count_by_part(result.state, data, model),
+        "history": result.history,
+        "views": {name: split["per_view"] for name, split in scores.items()},
+        "head": {"source": model.source, "sha256": model.sha256},
+        "config": dataclasses.asdict(config),
+    }
+    # Last, because a folder with a report is a finished one.
+    write_json(folder / "report.json", report)
+    checkpoint.unlink(missing_ok=True)
+
+
+def load_head(job: Job):
+    from pointillist_jax.flame import load_flame, open_head
+
+    return load_flame(job.flame) if job.flame else open_head(job.detail)
+
+
+def face_groups(capture: Path, num_faces: int) -> dict[str, np.ndarray]:
+    """Of a synthetic person: the faces that grow hair and beard, and bare cheeks. Others have none."""
+    labels = capture / "truth/labels.npz"
+    if not labels.is_file():
+        return {}
+    specs = {f"face_{n}": ArraySpec((num_faces,), "bool", optional=True) for n in ("hair", "beard", "cheek")}
+    flags_of = read_npz(labels, specs, "the labels of a synthetic person")
+    return {name: np.flatnonzero(value) for name, value in flags_of.items()}
+
+
+def sheet(result, data, scores, look) -> np.ndarray:
+    """Truth and fit side by side: of every split, views spread from the worst to the best PSNR."""
+    from pointillist_jax.fitting import render_views
+
+    pairs, labels = [], []
+    for name, views in data.splits.items():
+        values = np.array([row["psnr"] for row in scores[name]["per_view"]])
+        ranks = np.linspace(0, len(values) - 1, min(_SHEET_VIEWS, len(values))).astype(int)
+        for n in np.argsort(values, kind="stable")[ranks]:
+            truth = views.image(int(n), look["background"])
+            fitted = next(render_views(result.state, result.scene, _Only(views, int(n)), **look))
+            pairs.append(np.concatenate([truth, fitted], axis=1))
+            labels.append(f"{name}: camera {views.camera_indices[n]}, t {views.timesteps[n]}, {values[n]:.1f} dB")
+    if len({pair.shape for pair in pairs}) > 1:
+        height, width = (max(pair.shape[i] for pair in pairs) for i in (0, 1))
+        pairs = [
+            np.pad(p, [(0, height - p.shape[0]), (0, width - p.shape[1]), (0, 0)], constant_values=1) for p in pairs
+        ]
+    return contact_sheet(pairs, labels, _SHEET_VIEWS if len(pairs) >= _SHEET_VIEWS else len(pairs))
+
+
+class _Only:
+    """One view of many."""
+
+    def __init__(self, views, n: int):
+        self._views, self._n = views, n
+        for key in ("viewmats", "Ks", "sizes", "timesteps", "camera_indices"):
+            setattr(self, key, getattr(views, key)[n : n + 1])
+
+    def __len__(self) -> int:
+        return 1
+
+    def image(self, n: int, background: float = 1.0) -> np.ndarray:
+        return self._views.image(self._n + n, background)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_report(job: Job) -> dict[str, Any]:
+    return read_json(Path(job.folder) / "report.json", "a fit's report")
+
+
+def print_table(reports: list[tuple[Job, dict[str, Any]]]) -> None:
+    if not reports:
+        return
+    splits = ("train", "val", "test")
+    print("\n" + f"{'subject':<20}{'Gaussians':>10}  " + "".join(f"{s + ' PSNR / SSIM':>20}" for s in splits))
+    for job, report in reports:
+        cells = [
+            f"{report['scores'][s]['psnr']:.2f} / {report['scores'][s]['ssim']:.4f}" if s in report["scores"] else "-"
+            for s in splits
+        ]
+        print(f"{job.name:<20}{report['gaussians']:>10}  " + "".join(f"{cell:>20}" for cell in cells))
+
+
+def compare(reports: list[tuple[Job, dict[str, Any]]]) -> None:
+    """What density control gained, and where it put its Gaussians."""
+    by_name = {job.name: report for job, report in reports}
+    print("\ndensity control against none, dB; then Gaussians per cm² and per face of the hair, beard and cheek faces")
+    for name, report in by_name.items():
+        fixed = by_name.get(f"{name}_fixed")
+        if fixed is None:
+            continue
+        gains = [f"{s} {report['scores'][s]['psnr'] - fixed['scores'][s]['psnr']:+.2f}" for s in report["scores"]]
+        parts = report["parts"]
+        counts = [
+            f"{p} {parts[p]['per_cm2']:.1f} ({parts[p]['per_face']:.2f})"
+            for p in ("hair", "beard", "cheek")
+            if p in parts
+        ]
+        print(f"  {name:<18}{', '.join(gains):<44}{', '.join(counts)}")
+
+
+if __name__ == "__main__":
+    run(main)
