@@ -130,7 +130,7 @@ class ArraySpec:
     Attributes:
       shape: one entry per axis: an int (exactly), a letter (any length, the same for every array of the file that
         uses the letter) or None (any length). A first entry `...` allows any further leading axes.
-      kind: "float" (any real float), "int" (any integer) or "str".
+      kind: "float" (any real float), "int" (any integer), "bool" or "str".
       optional: the array may be absent.
       low, high: inclusive bounds of the values, checked when given. Floats have to be finite in any case.
     """
@@ -142,7 +142,7 @@ class ArraySpec:
     high: float | None = None
 
 
-_KINDS = {"float": "f", "int": "iu", "str": "U"}
+_KINDS = {"float": "f", "int": "iu", "bool": "b", "str": "U"}
 
 
 def check_array(source: str, key: str, array: np.ndarray, spec: ArraySpec, letters: dict[str, int]) -> None:
