@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from pointillist_jax.files import UserError
+from pointillist_jax.tokens import DEFAULT_LOWER, DEFAULT_UPPER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,34 @@ class FitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Token store, windows and views (`data/`; DESIGN §5, §6)."""
+    """Token store, windows and views (`data/`; DESIGN §2, §5, §6).
+
+    Attributes:
+      bins: quantisation levels per axis (paper: 1024).
+      lower, upper: corners of the quantised box, metres (ours).
+      out_of_bounds: what happens to points outside the box: "error", or "clip" onto its border, counted.
+      canonical_jaw: radians by which the canonical mesh opens its mouth (ours: 0.3, the exporters'; 0 closes it).
+      portrait_size: side of the stored portraits, pixels.
+      subjects_per_shard: of a token store.
+      stride: tokens from one training window to the next; 0 is the window itself (no overlap). The window is the
+        model's.
+      held_out: subjects kept from training, chosen by `split_seed` (paper: 25 of 419).
+      num_workers, num_threads, prefetch: of `streams.Batches`.
+    """
+
+    bins: int = 1024
+    lower: tuple[float, float, float] = DEFAULT_LOWER
+    upper: tuple[float, float, float] = DEFAULT_UPPER
+    out_of_bounds: str = "error"
+    canonical_jaw: float = 0.3
+    portrait_size: int = 518
+    subjects_per_shard: int = 16
+    stride: int = 0
+    held_out: int = 25
+    split_seed: int = 0
+    num_workers: int = 0
+    num_threads: int = 2
+    prefetch: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +214,8 @@ _LAPTOP_FIT = FitConfig(
 )
 
 PRESETS = {
-    "tiny": Config(fit=_LAPTOP_FIT),
+    # Data: a dozen people at the size the tiny image encoder reads.
+    "tiny": Config(fit=_LAPTOP_FIT, data=DataConfig(portrait_size=112, held_out=4)),
     "small": Config(),
     "paper": Config(),
 }

@@ -14,7 +14,7 @@ from pointillist_jax.data.fits import load_fit
 from pointillist_jax.data.images import load_rgba, square_portrait
 from pointillist_jax.data.token_store import FLAME_FIELDS, StoreSpec, SubjectRecord
 from pointillist_jax.files import FileFormatError, UserError, file_sha256
-from pointillist_jax.flame import FlameModel, FlameParams
+from pointillist_jax.flame import FaceFrames, FlameModel, FlameParams, face_frames, flame_vertices
 from pointillist_jax.flame.param_files import load_flame_params
 
 
@@ -54,11 +54,16 @@ def subject_record(
             f"the head {model.source} ({model.num_faces} faces, sha256 {model.sha256[:12]}) is not the store's "
             f"({spec.tokenizer.num_faces} faces, sha256 {spec.flame_sha256[:12]})."
         )
-    fit = load_fit(folder, model)
-    canonical, world = fit.canonical(model, spec.canonical_jaw)
-    points, t = np.asarray(world.means), spec.tokenizer
+    fit, t = load_fit(folder, model), spec.tokenizer
+    canonical = fit.identity.canonical(spec.canonical_jaw)
+    binding = np.asarray(fit.gaussians.binding)
+    # `local_to_global` of the centres alone, in NumPy: JAX would compile anew for every number of Gaussians.
+    frames = FaceFrames(*map(np.asarray, face_frames(flame_vertices(model, canonical), model.faces)))
+    local = np.asarray(fit.gaussians.means)
+    turned = np.einsum("pab,pb->pa", frames.rotation[binding], local)
+    points = frames.scale[binding][:, None] * turned + frames.center[binding]
     try:
-        tokens = t.encode(points, np.asarray(fit.gaussians.binding), out_of_bounds=spec.out_of_bounds)
+        tokens = t.encode(points, binding, out_of_bounds=spec.out_of_bounds)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     # As PointTokenizer.quantize counts: a float32 on the border may lie half a step beyond it.

@@ -116,6 +116,7 @@ class TokenStore:
       subjects: names, in the order of the records.
       lengths: [N] int64 tokens of each subject.
       has_portrait: [N] bool.
+      num_clipped: [N] int64 points that lay outside the cube.
       fit_sha256: of each subject's point_cloud.ply.
     """
 
@@ -128,6 +129,7 @@ class TokenStore:
         self.subjects = tuple(e["name"] for e in entries)
         self.lengths = np.array([4 * e["num_points"] + 8 for e in entries], np.int64)
         self.has_portrait = np.array([e["portrait"] for e in entries], bool)
+        self.num_clipped = np.array([e["num_clipped"] for e in entries], np.int64)
         self.fit_sha256 = tuple(e["fit_sha256"] for e in entries)
         self._index = {name: i for i, name in enumerate(self.subjects)}
         self._reset()
@@ -421,8 +423,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
                 and _NAME.fullmatch(entry["name"])
                 and not entry["name"].startswith(".")
                 and entry["name"] not in names
-                and type(entry["num_points"]) is int
-                and 0 <= entry["num_points"] < 1 << 28
+                and all(type(entry[key]) is int and 0 <= entry[key] < 1 << 28 for key in ("num_points", "num_clipped"))
                 and type(entry["portrait"]) is bool
                 and isinstance(entry["fit_sha256"], str)
                 and entry["record"] == counts[entry["shard"]]

@@ -202,7 +202,7 @@ def test_a_position_of_another_stream_is_refused_by_name(rng):
         with pytest.raises(UserError, match=name):
             iter(window_batches(store, **how | change)).set_state(state)
     other = MemoryStore(np.random.default_rng(1), [30, 11])
-    with pytest.raises(UserError, match="records|data"):
+    with pytest.raises(UserError, match=r"records|data"):
         iter(window_batches(other, **how)).set_state(state)
     # Processes and workers are no part of it.
     iter(window_batches(store, **how, process_count=2, process_index=1, num_workers=1)).set_state(state)
@@ -231,9 +231,8 @@ def test_bad_settings_are_sentences(rng, change, message):
 
 def test_conditions_belong_to_their_rows(rng, tmp_path):
     store, records = write_store(tmp_path, rng, [20, 9, 14])
-    for batch in window_batches(
-        store, window=12, batch_size=5, num_epochs=1, condition=("portrait", "flame"), subjects=["person_0002", "person_0000"]
-    ):  # fmt: skip
+    how = {"window": 12, "batch_size": 5, "num_epochs": 1, "condition": ("portrait", "flame")}
+    for batch in window_batches(store, subjects=["person_0002", "person_0000"], **how):
         assert batch["condition"]["portrait"].dtype == np.uint8
         assert batch["tokens"].dtype == batch["targets"].dtype == batch["positions"].dtype == np.int32
         for row, subject in enumerate(batch["subject"].tolist()):
@@ -245,7 +244,7 @@ def test_conditions_belong_to_their_rows(rng, tmp_path):
             for name, value in records[subject].flame.items():
                 np.testing.assert_array_equal(batch["condition"]["flame"][name][row], value)
     bare, _ = write_store(tmp_path / "bare", rng, [4], portrait=False)
-    with pytest.raises(UserError, match="1 of 1 subjects .* have no portrait, e.g. 'person_0000'"):
+    with pytest.raises(UserError, match=r"1 of 1 subjects .* have no portrait, e\.g\. 'person_0000'"):
         window_batches(bare, window=8, batch_size=1, condition=("portrait",))
     assert "flame" in next(iter(window_batches(bare, window=8, batch_size=1, condition=("flame",))))["condition"]
 

@@ -1,0 +1,239 @@
+"""Rigged fits → a token store: what the autoregressive model trains on.
+
+    python -m experiments.tokenize --fits=outputs/people --workdir=outputs/tokens [--captures=outputs/captures]
+
+`--fits` is one fit or a folder of subjects in GaussianAvatars' layout (`<subject>/point_cloud/iteration_<N>/` with
+point_cloud.ply and flame_param.npz): ours, or yours as they are. Each subject's Gaussians are placed around its
+canonical mesh and written as one token sequence, together with the portrait it is to be generated from: `portrait.png`
+with `portrait_flame_param.npz` in the fit's or the capture's folder, else the calmest view of the capture's held-out
+frontal camera (`--captures`, one folder per subject), else none.
+
+A kill at any moment costs the shard being written: `--resume` goes on and gives the same bytes. `--append` adds the
+subjects that the store does not have yet; shards written before stay as they are. Ends with the histogram of lengths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from experiments.common import run
+from experiments.config_flags import define_config
+from experiments.media import write_image
+from pointillist_jax.configs import DataConfig
+from pointillist_jax.data.fits import find_fits, fit_folder
+from pointillist_jax.data.subjects import find_portrait, subject_record
+from pointillist_jax.data.token_store import META, StoreSpec, StoreWriter, TokenStore, open_store
+from pointillist_jax.files import UserError, atomic_path, file_sha256, read_json
+from pointillist_jax.flame import FlameModel, load_flame, open_head
+from pointillist_jax.tokens import PointTokenizer
+
+FITS = flags.DEFINE_string("fits", None, "A fit, or a folder of them (<subject>/…).")
+WORKDIR = flags.DEFINE_string("workdir", "outputs/tokens", "The token store.")
+CAPTURES = flags.DEFINE_string("captures", None, "Folder of captures (<subject>/…) to take portraits from.")
+FLAME = flags.DEFINE_string("flame", None, "Your FLAME .pkl, which the fits are bound to.")
+DETAIL = flags.DEFINE_enum("detail", None, ["coarse", "full"], "Or the open head; default: what --fits names, or full.")
+SUBJECTS = flags.DEFINE_list("subjects", None, "Only these, with commas.")
+BOUNDS = flags.DEFINE_list("bounds", None, "Corners of the cube in metres: x,y,z of the lower one, then of the upper.")
+OUT_OF_BOUNDS = flags.DEFINE_enum("out_of_bounds", None, ["error", "clip"], "What to do with points outside the cube.")
+SEED = flags.DEFINE_integer("seed", 0, "Unused: nothing here is random.", lower_bound=0)
+RESUME = flags.DEFINE_boolean("resume", False, "Go on with the store in --workdir, or begin it.")
+APPEND = flags.DEFINE_boolean("append", False, "Add subjects to the store in --workdir.")
+OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Delete the store in --workdir first.")
+config = define_config("data")
+
+
+def main() -> None:
+    start = time.perf_counter()
+    if FITS.value is None:
+        raise UserError("--fits is missing: name a folder of rigged fits.")
+    data, fits = with_bounds(config().data), chosen_fits()
+    model = head(Path(FITS.value))
+    prepare(Path(WORKDIR.value))
+    tokenizer = PointTokenizer(num_faces=model.num_faces, bins=data.bins, lower=data.lower, upper=data.upper)
+    spec = StoreSpec(tokenizer, model.sha256, model.source, data.canonical_jaw, data.portrait_size, data.out_of_bounds)
+    store = build(Path(WORKDIR.value), fits, model, spec, data.subjects_per_shard)
+    report(store, time.perf_counter() - start)
+
+
+def with_bounds(data: DataConfig) -> DataConfig:
+    """The config with --bounds and --out_of_bounds, the short names of its fields."""
+    if OUT_OF_BOUNDS.value:
+        data = dataclasses.replace(data, out_of_bounds=OUT_OF_BOUNDS.value)
+    if BOUNDS.value is None:
+        return data
+    try:
+        numbers = [float(value) for value in BOUNDS.value]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 6:
+        raise UserError(f"--bounds={','.join(BOUNDS.value)} must be six numbers: -0.3,-0.3,-0.34,0.3,0.3,0.26.")
+    return dataclasses.replace(data, lower=tuple(numbers[:3]), upper=tuple(numbers[3:]))
+
+
+def chosen_fits() -> dict[str, Path]:
+    fits = find_fits(FITS.value)
+    if SUBJECTS.value is None:
+        return fits
+    if missing := [name for name in SUBJECTS.value if name not in fits]:
+        raise UserError(f"--subjects: {FITS.value} holds no fit of {missing[0]!r}; it has: {', '.join(fits)}.")
+    return {name: fits[name] for name in sorted(set(SUBJECTS.value))}
+
+
+def head(fits: Path) -> FlameModel:
+    """The head the fits are bound to: as flags say, as `identities.json` of synthetic people says, or the full one."""
+    if FLAME.value:
+        if DETAIL.value:
+            raise UserError("--flame and --detail exclude each other; give one.")
+        return load_flame(FLAME.value)
+    card = fits / "identities.json"
+    if DETAIL.value or not card.is_file():
+        return open_head(DETAIL.value or "full")
+    named = read_json(card, "a list of synthetic people").get("head")
+    named = named if isinstance(named, dict) else {}
+    for detail in ("coarse", "full"):
+        model = open_head(detail)
+        if (named.get("source"), named.get("sha256")) == (model.source, model.sha256):
+            return model
+    raise UserError(f"{card} was made with the head {named.get('source')!r}: name its file with --flame.")
+
+
+def prepare(workdir: Path) -> None:
+    """Checks that the store may be written there; raises UserError otherwise."""
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; name a folder.")
+    if RESUME.value + APPEND.value + OVERWRITE.value > 1:
+        raise UserError("--resume, --append and --overwrite exclude each other; give one.")
+    if APPEND.value and not (workdir / META).is_file():
+        raise UserError(f"--append: there is no token store in {workdir}; leave the flag out to make one.")
+    if not workdir.exists() or RESUME.value or APPEND.value:
+        return
+    if OVERWRITE.value:
+        for pattern in (META, "tokens-*.array_record", "lengths.json", "lengths.png", ".*.tmp-*"):
+            for path in workdir.glob(pattern):
+                path.unlink()
+        shutil.rmtree(workdir / "features", ignore_errors=True)
+    elif any(workdir.iterdir()):
+        raise UserError(
+            f"--workdir={workdir} is not empty; give --resume to go on, --append to add subjects or --overwrite to "
+            "start anew."
+        )
+
+
+def build(workdir: Path, fits: dict[str, Path], model: FlameModel, spec: StoreSpec, per_shard: int) -> TokenStore:
+    """Adds the fits that the store does not have yet, a shard at a time."""
+    writer = StoreWriter(workdir, spec)
+    stored = writer.subjects
+    for name in fits.keys() & stored.keys():
+        if stored[name] != file_sha256(fit_folder(fits[name]) / "point_cloud.ply"):
+            raise UserError(
+                f"{workdir} holds {name!r} from another fit than {fits[name]}: rename the subject, or make the store "
+                "anew with --overwrite."
+            )
+    todo = [name for name in fits if name not in stored]
+    bar = tqdm(total=len(fits), initial=len(fits) - len(todo), desc="tokenise", unit="person", disable=not todo)
+    for i in range(0, len(todo), per_shard):
+        records = []
+        for name in todo[i : i + per_shard]:
+            portrait = find_portrait(portrait_folders(name, fits[name], len(fits) == 1), model, spec.portrait_size)
+            with warnings.catch_warnings():
+                # Clipped points are counted for all subjects at the end.
+                warnings.filterwarnings("ignore", message=".*were clipped onto its border")
+                records.append(subject_record(name, fits[name], model, spec, portrait))
+            bar.update()
+        writer.write_shard(records)
+    bar.close()
+    writer.finish()
+    return open_store(workdir)
+
+
+def portrait_folders(name: str, fit: Path, alone: bool) -> list[Path]:
+    """Where a subject's portrait may lie, the fit's own folder first."""
+    if CAPTURES.value is None:
+        return [fit]
+    captures = Path(CAPTURES.value)
+    if not captures.is_dir():
+        raise UserError(f"--captures={captures} is not a folder.")
+    # With a single fit, --captures may be its capture itself.
+    return [fit, captures / name, *([captures] if alone else [])]
+
+
+def report(store: TokenStore, seconds: float) -> None:
+    """Writes lengths.json and lengths.png, and says what the store holds."""
+    lengths, clipped = store.lengths, store.num_clipped
+    spread = {
+        "min": int(lengths.min()),
+        "median": float(np.median(lengths)),
+        "mean": round(float(lengths.mean()), 1),
+        "max": int(lengths.max()),
+        "total": int(lengths.sum()),
+    }
+    content = {
+        "subjects": len(store),
+        "tokens": spread,
+        "lengths": dict(zip(store.subjects, lengths.tolist(), strict=True)),
+    }
+    counts, edges = np.histogram(lengths, bins=min(40, max(8, len(store) // 2)))
+    content["histogram"] = {"counts": counts.tolist(), "edges": np.round(edges, 1).tolist()}
+    with atomic_path(store.path / "lengths.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    write_image(store.path / "lengths.png", histogram_picture(counts, edges, len(store)))
+
+    t = store.tokenizer
+    print(f"\n{len(store)} subjects, {spread['total']:,} tokens; vocabulary {t.vocab_size}, {t.bins} bins")
+    print(f"  points of a subject: {(spread['min'] - 8) // 4:,} to {(spread['max'] - 8) // 4:,}")
+    if clipped.any():
+        print(f"  {clipped.sum():,} points of {(clipped > 0).sum()} subjects were clipped onto the cube's border")
+    if not store.has_portrait.all():
+        without = int((~store.has_portrait).sum())
+        print(f"  {without} subjects have no portrait: they cannot train a model that sees one (--captures adds them)")
+    print(f"done in {seconds:.0f} s; everything lies in {store.path}/:")
+    for name, what in OUTPUTS.items():
+        print(f"  {name:<22} {what}")
+
+
+OUTPUTS = {
+    META: "what the store was made with, its shards and subjects",
+    "tokens-*.array_record": "tokens, identity and condition, one record per subject",
+    "lengths.json": "tokens of every subject, and their histogram",
+    "lengths.png": "the histogram",
+}
+
+
+def histogram_picture(counts: np.ndarray, edges: np.ndarray, subjects: int) -> np.ndarray:
+    """Bars over thousands of tokens: float32 [360, 640, 3]."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    width, height, left, right, top, bottom = 640, 360, 56, 16, 36, 52
+    picture = Image.new("RGB", (width, height), (255, 255, 255))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
+    inner_w, inner_h, ink, faint = width - left - right, height - top - bottom, (40, 40, 40), (225, 225, 225)
+    highest = max(int(counts.max()), 1)
+    step = max(1, -(-highest // 4))
+    for count in range(0, highest + 1, step):
+        y = top + inner_h * (1 - count / highest)
+        draw.line([(left, y), (width - right, y)], faint)
+        draw.text((left - 8, y), str(count), ink, font, anchor="rm")
+    for i, count in enumerate(counts):
+        x0, x1 = (left + inner_w * (i + k) / len(counts) for k in (0, 1))
+        if count:
+            draw.rectangle([x0 + 1, top + inner_h * (1 - count / highest), x1 - 1, top + inner_h], (70, 110, 180))
+    draw.line([(left, top + inner_h), (width - right, top + inner_h)], ink)
+    for k in range(5):
+        value = edges[0] + (edges[-1] - edges[0]) * k / 4
+        draw.text((left + inner_w * k / 4, top + inner_h + 14), f"{value / 1000:.1f}k", ink, font, anchor="mm")
+    draw.text((left + inner_w / 2, height - 14), "tokens of a subject", ink, font, anchor="mm")
+    draw.text((left, 16), f"lengths of {subjects} subjects", ink, font, anchor="lm")
+    return np.asarray(picture, np.float32) / 255
+
+
+if __name__ == "__main__":
+    run(main)
