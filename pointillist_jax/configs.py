@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from pointillist_jax.files import UserError
-from pointillist_jax.tokens import DEFAULT_LOWER, DEFAULT_UPPER
+from pointillist_jax.tokens import DEFAULT_LOWER, DEFAULT_UPPER, PointTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,9 +185,109 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """What the model is conditioned on (`models/condition.py`; DESIGN §6, facts/encoders_and_metrics.md 1 and 2).
+
+    Attributes:
+      image: "tiny", or a DINOv2 variant: vits14, vitb14, vitl14, vitg14, each also with `_reg`.
+      image_size: side of the square portrait in pixels, a multiple of 14.
+      points: "tiny", or "michelangelo" (257 queries, width 768, 8 + 1 blocks).
+      num_points: points of the head mesh that the point encoder reads.
+      frozen: the encoders get no gradients; their features may then be computed once and stored.
+    """
+
+    image: str = "tiny"
+    image_size: int = 112
+    points: str = "tiny"
+    num_points: int = 512
+    frozen: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The autoregressive model (`models/ar.py`; DESIGN §6). The paper states no sizes: all of them are ours.
+
+    Attributes:
+      num_faces, bins: of the tokenizer; `for_tokenizer` sets them.
+      width, layers, heads, head_dim: of the transformer. kv_heads: grouped queries; 0 is one per head.
+      mlp: "gated" (GELU) or "plain". mlp_width: of its hidden layer.
+      order: "cross_first" as the paper's text says, or "self_first" as its figure draws.
+      window: tokens a token may see, itself included; the length of training windows.
+      qk_norm: RMSNorm on queries and keys. rope_theta: of the rotary positions.
+      slot_embedding: a learned row for each of x, y, z, b is added to the input.
+      tied_head: the output classifier is the embedding table.
+      coord_tables: "learned" is the paper's one table; "fourier_tied" gives each coordinate slot its own table of
+        learned rows plus a linear map of Fourier features, shared between input and output.
+      loss_support: softmax over the whole "vocab" (paper) or over the legal ids of the "slot".
+      attention: "auto", "cudnn", "chunked" or "xla". attention_block: tile of "chunked".
+      scan_layers: one compiled layer, or all of them unrolled; the parameters are the same.
+      remat: what the backward keeps: "none" (keep all), "dots", "attention" or "full" (keep only layer inputs).
+      dtype: of the computation; parameters, norms, softmax and loss are float32.
+      encoder: of the condition.
+    """
+
+    num_faces: int = 10144
+    bins: int = 1024
+    width: int = 128
+    layers: int = 4
+    heads: int = 2
+    head_dim: int = 64
+    kv_heads: int = 0
+    mlp: str = "gated"
+    mlp_width: int = 384
+    order: str = "cross_first"
+    window: int = 1024
+    qk_norm: bool = True
+    rope_theta: float = 1e6
+    slot_embedding: bool = True
+    tied_head: bool = True
+    coord_tables: str = "fourier_tied"
+    loss_support: str = "slot"
+    attention: str = "auto"
+    attention_block: int = 256
+    scan_layers: bool = False
+    remat: str = "none"
+    dtype: str = "float32"
+    encoder: EncoderConfig = EncoderConfig()
+
+    def __post_init__(self):
+        choices = {
+            "mlp": ("gated", "plain"),
+            "order": ("cross_first", "self_first"),
+            "coord_tables": ("learned", "fourier_tied"),
+            "loss_support": ("vocab", "slot"),
+            "remat": ("none", "dots", "attention", "full"),
+            "dtype": ("float32", "bfloat16", "float64"),
+        }
+        for name, legal in choices.items():
+            if getattr(self, name) not in legal:
+                raise UserError(f"model.{name}={getattr(self, name)!r} must be one of {', '.join(legal)}.")
+        if self.kv_heads < 0 or self.heads % self.num_kv_heads:
+            raise UserError(f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}.")
+        if self.head_dim % 2 or self.window < 4 or self.window % 4:
+            raise UserError(
+                f"model.head_dim={self.head_dim} must be even and model.window={self.window} a multiple of 4."
+            )
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def tokenizer(self) -> PointTokenizer:
+        """A tokenizer with this vocabulary (and the default box), for its ids."""
+        return PointTokenizer(self.num_faces, self.bins)
+
+    def for_tokenizer(self, tokenizer: PointTokenizer) -> ModelConfig:
+        """The same model for another vocabulary."""
+        return dataclasses.replace(self, num_faces=tokenizer.num_faces, bins=tokenizer.bins)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything a run depends on, by part."""
 
+    model: ModelConfig = ModelConfig()
     identities: IdentityConfig = IdentityConfig()
     fit: FitConfig = FitConfig()
     data: DataConfig = DataConfig()
@@ -213,11 +313,38 @@ _LAPTOP_FIT = FitConfig(
     log_interval=100,
 )
 
+_SMALL = ModelConfig(
+    width=512,
+    layers=12,
+    heads=8,
+    mlp_width=1408,
+    window=6000,
+    scan_layers=True,
+    dtype="bfloat16",
+)
+# The paper's plain recipe: one learned table, an untied head, softmax over the whole vocabulary.
+_PAPER = ModelConfig(
+    width=1024,
+    layers=24,
+    heads=8,
+    head_dim=128,
+    mlp_width=2816,
+    window=12_000,
+    slot_embedding=False,
+    tied_head=False,
+    coord_tables="learned",
+    loss_support="vocab",
+    scan_layers=True,
+    remat="dots",
+    dtype="bfloat16",
+    encoder=EncoderConfig("vitl14_reg", 518, "michelangelo", 4096, frozen=True),
+)
+
 PRESETS = {
     # Data: a dozen people at the size the tiny image encoder reads.
     "tiny": Config(fit=_LAPTOP_FIT, data=DataConfig(portrait_size=112, held_out=4)),
-    "small": Config(),
-    "paper": Config(),
+    "small": Config(model=_SMALL),
+    "paper": Config(model=_PAPER),
 }
 
 

@@ -1,0 +1,279 @@
+"""Attention behind one function, with three implementations (DESIGN §6, facts/jax.md).
+
+`cudnn` is the flash attention of NVIDIA GPUs, `chunked` is memory-linear and runs everywhere, `xla` is the plain oracle.
+
+Letters: B batch, T queries, S keys, N heads, K kv heads, R = N / K query heads per kv head, H head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from pointillist_jax.files import UserError
+
+IMPLEMENTATIONS = ("auto", "cudnn", "chunked", "xla")
+# Names that remat policies save: the output of an attention, and its log-sum-exp, spare its recomputation.
+OUTPUT_NAME, LSE_NAME = "attention_output", "attention_lse"
+_MASKED = -1e30  # Finite: exp(-inf - (-inf)) would be NaN in a row whose first tile is masked out.
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    kv_lengths: Int[Array, "B"] | None = None,
+    implementation: str = "auto",
+    block_size: int = 256,
+) -> Float[Array, "B T N H"]:
+    """softmax(q·k / √H) v, in the dtype of `q`, with scores and softmax in float32 (float64 for float64 inputs).
+
+    Args:
+      q, k, v: grouped queries when K < N: query head n reads kv head n // (N / K).
+      causal: query t sees keys 0 … t; T and S must be equal.
+      window: with causal, query t sees keys t - window + 1 … t only.
+      kv_lengths: keys at or beyond it are padding; a sequence of length 0 gives zeros.
+      implementation: "cudnn" (bf16 or f16 on a CUDA device), "chunked", "xla", or "auto": cudnn where it can run,
+        else chunked.
+      block_size: rows and columns of a tile of `chunked`; 256 squared floats stay in a CPU core's cache.
+
+    Raises:
+      UserError: shapes that do not fit, an unknown implementation.
+    """
+    _check(q, k, v, causal, window, implementation)
+    if window is not None and window >= k.shape[1]:
+        window = None
+    if implementation == "auto":
+        half = q.dtype in (jnp.bfloat16, jnp.float16)
+        implementation = "cudnn" if half and jax.default_backend() == "gpu" else "chunked"
+    with jax.named_scope(f"attention_{implementation}"):
+        if implementation == "cudnn":
+            # Lengths, never a mask: cuDNN takes a mask as a dense T×S bias.
+            return jax.nn.dot_product_attention(
+                q,
+                k,
+                v,
+                is_causal=causal,
+                key_value_seq_lengths=None if kv_lengths is None else kv_lengths.astype(jnp.int32),
+                local_window_size=None if window is None else (window - 1, 0),
+                implementation="cudnn",
+            )
+        if implementation == "xla":
+            return _dense(q, k, v, causal, window, kv_lengths)
+        return _chunked(q, k, v, kv_lengths, _Plan.make(q.shape[1], k.shape[1], causal, window, block_size))
+
+
+def cached_attention(
+    q: Float[Array, "B N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Array | None = None
+) -> Float[Array, "B N H"]:
+    """One query per sequence against a cache: what a step of generation needs. `mask` [B, S] (or [S]): True is seen."""
+    *_, kv_heads, head_dim = k.shape
+    grouped = q.reshape(q.shape[0], kv_heads, -1, head_dim)
+    dtype = _accumulator(q.dtype)
+    scores = jnp.einsum("BKRH,BSKH->BKRS", grouped * head_dim**-0.5, k, preferred_element_type=dtype)
+    if mask is not None:
+        scores = jnp.where(jnp.broadcast_to(mask, k.shape[:2])[:, None, None], scores, _MASKED)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    out = jnp.einsum("BKRS,BSKH->BKRH", weights.astype(v.dtype), v, preferred_element_type=dtype)
+    return (out / weights.sum(-1, keepdims=True)).reshape(q.shape).astype(q.dtype)
+
+
+def _check(q, k, v, causal, window, implementation):
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f"no attention {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}.")
+    fits = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
+    if not fits or q.shape[2] % k.shape[2]:
+        raise UserError(
+            f"queries {q.shape}, keys {k.shape} and values {v.shape} must be [B,T,N,H], [B,S,K,H] and [B,S,K,H] "
+            "with N a multiple of K."
+        )
+    if causal and q.shape[1] != k.shape[1]:
+        raise UserError(f"causal attention needs as many keys as queries, got {k.shape[1]} and {q.shape[1]}.")
+    if window is not None and (not causal or window < 1):
+        raise UserError(f"window={window} must be at least 1 and needs causal=True.")
+
+
+def _accumulator(dtype) -> jnp.dtype:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _dense(q, k, v, causal, window, kv_lengths):
+    batch, queries, _, head_dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    dtype = _accumulator(q.dtype)
+    grouped = q.reshape(batch, queries, kv_heads, -1, head_dim)
+    scores = jnp.einsum("BTKRH,BSKH->BKRTS", grouped, k, preferred_element_type=dtype) * head_dim**-0.5
+    t, s = jnp.arange(queries)[:, None], jnp.arange(keys)
+    mask = jnp.ones((1, queries, keys), bool)
+    if causal:
+        mask &= (s <= t) & (s > t - (window or keys))
+    if kv_lengths is not None:
+        mask = mask & (s < kv_lengths[:, None, None])
+    mask = mask[:, None, None]
+    weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, _MASKED)), 0)
+    out = jnp.einsum("BKRTS,BSKH->BTKRH", weights.astype(v.dtype), v, preferred_element_type=dtype)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+class _Plan(NamedTuple):
+    """Which tiles of the T×S score matrix are computed; static. `pairs`: (query block, key block), row by row."""
+
+    queries: int
+    keys: int
+    block_q: int
+    block_k: int
+    causal: bool
+    window: int | None
+    pairs: tuple[tuple[int, int], ...]
+
+    @classmethod
+    @functools.cache
+    def make(cls, queries: int, keys: int, causal: bool, window: int | None, block_size: int) -> _Plan:
+        block_q, block_k = _even_block(queries, block_size), _even_block(keys, block_size)
+        pairs = []
+        for i in range(-(-queries // block_q)):
+            first, last = i * block_q, min((i + 1) * block_q, queries) - 1
+            for j in range(-(-keys // block_k)):
+                after = causal and j * block_k > last
+                before = window is not None and (j + 1) * block_k - 1 <= first - window
+                if not (after or before):
+                    pairs.append((i, j))
+        return cls(queries, keys, block_q, block_k, causal, window, tuple(pairs))
+
+    def mask(self, i, j, per_kv_head: int, kv_lengths) -> Array:
+        """[B or 1, 1, R·block_q, block_k] of block (i, j): which keys a query sees."""
+        t = jnp.tile(i * self.block_q + jnp.arange(self.block_q), per_kv_head)[:, None]
+        s = j * self.block_k + jnp.arange(self.block_k)
+        if kv_lengths is None:
+            mask = (s < self.keys)[None, None, None]
+        else:
+            mask = (s < jnp.minimum(kv_lengths, self.keys)[:, None])[:, None, None]
+        if self.causal:
+            mask = mask & (s <= t)
+        if self.window is not None:
+            mask = mask & (s > t - self.window)
+        return mask
+
+
+def _even_block(length: int, block_size: int) -> int:
+    """About `block_size`, chosen so that padding the length to whole blocks wastes little."""
+    number = max(round(length / block_size), 1)
+    return -(-length // (8 * number)) * 8
+
+
+# Why a scan over tiles, and its own backward. Every tile lies in a CPU core's cache, tiles right of the diagonal cost
+# nothing, one body is compiled however long the sequence is, and nothing of size T×S exists. In the backward the
+# scores are made transposed ([keys, queries]), so that all five products are plain row-major ones: XLA's CPU product
+# with a transposed left side runs at half the speed.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _chunked(q, k, v, kv_lengths, plan: _Plan):
+    return _chunked_forward(q, k, v, kv_lengths, plan)[0]
+
+
+def _chunked_forward(q, k, v, kv_lengths, plan: _Plan):
+    per_kv_head, dtype, scale = q.shape[2] // k.shape[2], _accumulator(q.dtype), q.shape[3] ** -0.5
+    q_tiles, k_tiles, v_tiles = _split(q, k, v, plan)
+    keys_t = jnp.swapaxes(k_tiles, -1, -2)
+
+    def tile(carry, pair):
+        out, top, total = carry
+        i, j = pair
+        scores = jnp.matmul(q_tiles[i], keys_t[j], preferred_element_type=dtype)
+        mask = plan.mask(i, j, per_kv_head, kv_lengths)
+        scores = jnp.where(mask, scores * scale, _MASKED)
+        old_top, old_total, old_out = top[i], total[i], out[i]
+        new_top = jnp.maximum(old_top, scores.max(-1, keepdims=True))
+        weights = jnp.where(mask, jnp.exp(scores - new_top), 0)
+        shrink = jnp.exp(old_top - new_top)
+        product = jnp.matmul(weights.astype(v.dtype), v_tiles[j], preferred_element_type=dtype)
+        out = out.at[i].set(old_out * shrink + product)
+        total = total.at[i].set(old_total * shrink + weights.sum(-1, keepdims=True))
+        return (out, top.at[i].set(new_top), total), None
+
+    rows = (*q_tiles.shape[:-1], 1)
+    start = jnp.zeros(q_tiles.shape, dtype), jnp.full(rows, _MASKED, dtype), jnp.zeros(rows, dtype)
+    (out, top, total), _ = lax.scan(tile, start, _pairs(plan))
+    total = jnp.where(total > 0, total, 1)  # No key at all: zeros, and no NaN in the gradient.
+    out = checkpoint_name(_merge(out / total, q.shape, plan).astype(q.dtype), OUTPUT_NAME)
+    lse = checkpoint_name(top + jnp.log(total), LSE_NAME)
+    return out, (q, k, v, kv_lengths, out, lse)
+
+
+def _chunked_backward(plan: _Plan, residuals, out_bar):
+    q, k, v, kv_lengths, out, lse = residuals
+    per_kv_head, dtype, scale = q.shape[2] // k.shape[2], _accumulator(q.dtype), q.shape[3] ** -0.5
+    q_tiles, k_tiles, v_tiles = _split(q, k, v, plan)
+    g_tiles = _query_tiles(out_bar.astype(q.dtype), plan, k.shape[2])
+    delta = (out_bar.astype(dtype) * out.astype(dtype)).sum(-1, keepdims=True)
+    q_t, g_t, k_t, lse_t, delta_t = (
+        jnp.swapaxes(x, -1, -2) for x in (q_tiles, g_tiles, k_tiles, lse, _query_tiles(delta, plan, k.shape[2]))
+    )
+
+    def tile(carry, pair):
+        dq_t, dk, dv = carry
+        i, j = pair
+        scores = jnp.matmul(k_tiles[j], q_t[i], preferred_element_type=dtype)
+        mask = jnp.swapaxes(plan.mask(i, j, per_kv_head, kv_lengths), -1, -2)
+        weights = jnp.where(mask, jnp.exp(scores * scale - lse_t[i]), 0)
+        d_weights = jnp.matmul(v_tiles[j], g_t[i], preferred_element_type=dtype)
+        d_scores = (weights * (d_weights - delta_t[i])).astype(q.dtype)
+        dv = dv.at[j].add(jnp.matmul(weights.astype(v.dtype), g_tiles[i], preferred_element_type=dtype))
+        dk = dk.at[j].add(jnp.matmul(d_scores, q_tiles[i], preferred_element_type=dtype))
+        dq_t = dq_t.at[i].add(jnp.matmul(k_t[j], d_scores, preferred_element_type=dtype))
+        return (dq_t, dk, dv), None
+
+    start = jnp.zeros(q_t.shape, dtype), jnp.zeros(k_tiles.shape, dtype), jnp.zeros(v_tiles.shape, dtype)
+    (dq_t, dk, dv), _ = lax.scan(tile, start, _pairs(plan))
+    dq = _merge(jnp.swapaxes(dq_t, -1, -2), q.shape, plan) * scale
+    dk, dv = _merge_keys(dk, k.shape) * scale, _merge_keys(dv, k.shape)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _pairs(plan: _Plan):
+    return tuple(np.array(plan.pairs, np.int32).T)
+
+
+def _split(q, k, v, plan: _Plan):
+    return _query_tiles(q, plan, k.shape[2]), _key_tiles(k, plan), _key_tiles(v, plan)
+
+
+def _query_tiles(x, plan: _Plan, kv_heads: int):
+    """[B,T,N,H] → [blocks, B, K, R·block, H]."""
+    batch, queries, heads, dim = x.shape
+    blocks = -(-queries // plan.block_q)
+    x = jnp.pad(x, ((0, 0), (0, blocks * plan.block_q - queries), (0, 0), (0, 0)))
+    x = x.reshape(batch, blocks, plan.block_q, kv_heads, heads // kv_heads, dim)
+    return x.transpose(1, 0, 3, 4, 2, 5).reshape(blocks, batch, kv_heads, -1, dim)
+
+
+def _key_tiles(x, plan: _Plan):
+    """[B,S,K,H] → [blocks, B, K, block, H]."""
+    batch, keys, kv_heads, dim = x.shape
+    blocks = -(-keys // plan.block_k)
+    x = jnp.pad(x, ((0, 0), (0, blocks * plan.block_k - keys), (0, 0), (0, 0)))
+    return x.reshape(batch, blocks, plan.block_k, kv_heads, dim).transpose(1, 0, 3, 2, 4)
+
+
+def _merge(x, shape, plan: _Plan):
+    """The inverse of `_query_tiles`."""
+    blocks, batch, kv_heads, _, dim = x.shape
+    x = x.reshape(blocks, batch, kv_heads, -1, plan.block_q, dim).transpose(1, 0, 4, 2, 3, 5)
+    return x.reshape(batch, blocks * plan.block_q, shape[2], dim)[:, : shape[1]]
+
+
+def _merge_keys(x, shape):
+    """The inverse of `_key_tiles`."""
+    return x.transpose(1, 0, 3, 2, 4).reshape(shape[0], -1, *shape[2:])[:, : shape[1]]

@@ -1,0 +1,169 @@
+"""What every network here is made of: parameter descriptions, norms, rotary positions, products (DESIGN §6).
+
+A network is described once, as a nested dict of `ParamSpec`; abstract values, logical axes and initial values all
+follow from it. Linen modules only hold the parameters (`declare`); everything else is pure functions on dicts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from pointillist_jax.sharding import RULES
+
+Params = Mapping[str, Any]
+Initializer = Callable[[Array, tuple[int, ...], Any], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One parameter: its shape, the logical name of each axis (`sharding.RULES`), and how it starts."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: Initializer
+
+    def stacked(self, layers: int) -> ParamSpec:
+        """The same parameter of `layers` layers, stacked on a first axis."""
+        return ParamSpec((layers, *self.shape), ("layers", *self.axes), self.init)
+
+
+def matrix(shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int, gain: float = 1.0) -> ParamSpec:
+    """A weight with entries of standard deviation gain / √fan_in, truncated at two."""
+    # The truncated normal has deviation 0.8796; undo that.
+    return ParamSpec(shape, axes, nn.initializers.truncated_normal(gain / math.sqrt(fan_in) / 0.87962566))
+
+
+def ones(size: int, axis: str = "norm") -> ParamSpec:
+    return ParamSpec((size,), (axis,), nn.initializers.ones)
+
+
+def zeros(*shape: int, axes: tuple[str | None, ...] | None = None) -> ParamSpec:
+    return ParamSpec(shape, axes or ("norm",) * len(shape), nn.initializers.zeros)
+
+
+def stack_specs(specs: Any, layers: int) -> Any:
+    """The specs of one layer → those of all layers, stacked."""
+    return jax.tree.map(lambda spec: spec.stacked(layers), specs, is_leaf=_is_spec)
+
+
+def init_params(specs: Any, key: Array, dtype: Any = jnp.float32, *, boxed: bool = False) -> Any:
+    """Initial values of a (nested) dict of specs. `boxed` keeps the logical axes (`nn.LogicallyPartitioned`).
+
+    Each parameter's key depends on its path only, so adding one changes no other.
+    """
+
+    def one(path, spec: ParamSpec):
+        name = jax.tree_util.keystr(path)
+        value = spec.init(jax.random.fold_in(key, zlib.crc32(name.encode())), spec.shape, dtype)
+        return nn.LogicallyPartitioned(value, spec.axes) if boxed else value
+
+    return jax.tree_util.tree_map_with_path(one, specs, is_leaf=_is_spec)
+
+
+def declare(module: nn.Module, specs: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes `specs` the parameters of a Linen module and returns their values; call it from a compact method."""
+    return {
+        name: module.param(name, lambda key, spec=spec, name=name: init_params({name: spec}, key, boxed=True)[name])
+        for name, spec in specs.items()
+    }
+
+
+def unstack_layers(stacked: Any) -> tuple[Any, ...]:
+    """Parameters stacked on a first axis of length L → L dicts. Its gradient is one concatenation per parameter."""
+    leaves, tree = jax.tree.flatten(stacked)
+    number = leaves[0].shape[0]
+    parts = [[jnp.squeeze(part, 0) for part in jax.lax.split(leaf, (1,) * number)] for leaf in leaves]
+    return tuple(tree.unflatten([part[i] for part in parts]) for i in range(number))
+
+
+def stack_layers(layers: Any) -> Any:
+    """The inverse of `unstack_layers`."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
+def cast(params: Any, dtype: Any) -> Any:
+    """Weights in the dtype of the computation; the float32 originals stay with the optimiser."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
+
+
+def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
+    """Lays `x` out on the mesh in use by its logical axes (`sharding.RULES`); nothing happens without a mesh.
+
+    An entry may be several logical axes, whose mesh axes are then joined. An axis that does not divide stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    spec = []
+    for size, names in zip(x.shape, axes, strict=True):
+        mesh_axes: list[str] = []
+        for name in (names,) if isinstance(names, str) else names or ():
+            found = dict(RULES)[name] or ()
+            mesh_axes += [found] if isinstance(found, str) else found
+        spec.append(tuple(mesh_axes) if size % math.prod(mesh.shape[a] for a in mesh_axes) == 0 else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def rms_norm(x: Float[Array, "*b D"], scale: Float[Array, "D"], eps: float = 1e-6) -> Float[Array, "*b D"]:
+    """x / rms(x) · scale, computed in float32 (float64 for float64) and returned in the dtype of x."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
+
+
+def layer_norm(x: Float[Array, "*b D"], params: Params, eps: float) -> Float[Array, "*b D"]:
+    """LayerNorm with `params["scale"]` and `params["bias"]`, computed in float32 at least."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - wide.mean(-1, keepdims=True)
+    variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + eps) * params["scale"] + params["bias"]).astype(x.dtype)
+
+
+def linear(x: Float[Array, "*b I"], params: Params) -> Float[Array, "*b O"]:
+    """x · kernel [I, O] + bias [O], if there is one, in the dtype of x."""
+    y = x @ params["kernel"].astype(x.dtype)
+    return y + params["bias"].astype(x.dtype) if "bias" in params else y
+
+
+def linear_specs(size_in: int, size_out: int, axes=("embed", "mlp"), bias: bool = True) -> dict[str, ParamSpec]:
+    specs = {"kernel": matrix((size_in, size_out), axes, size_in)}
+    return {**specs, "bias": zeros(size_out, axes=(axes[1],))} if bias else specs
+
+
+def layer_norm_specs(size: int) -> dict[str, ParamSpec]:
+    return {"scale": ones(size), "bias": zeros(size)}
+
+
+def rope_angles(
+    positions: Int[Array, "*b T"], head_dim: int, theta: float, dtype: Any = jnp.float32
+) -> tuple[Array, Array]:
+    """(cos, sin), each [..., T, H/2], of rotary positions: frequency theta^(-2i/H) for the i-th pair."""
+    frequencies = jnp.asarray(theta ** (-np.arange(0, head_dim, 2) / head_dim), dtype)
+    angles = positions[..., None].astype(dtype) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "*b T N H"], angles: tuple[Array, Array]) -> Float[Array, "*b T N H"]:
+    """Rotates the pairs (x_i, x_{i+H/2}) of each head.
+
+    In float32 at least: bf16 holds 8 bits of a product whose differences between near positions are what matters.
+    """
+    cos, sin = (a[..., None, :] for a in angles)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    first, second = jnp.split(wide, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, ParamSpec)
