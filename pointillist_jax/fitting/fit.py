@@ -84,9 +84,7 @@ def fit(
     schedule.check(config, model.num_faces)
     train = data.splits["train"]
     if config.views_per_step > 1 and len(np.unique(train.sizes, axis=0)) > 1:
-        raise UserError(
-            f"{data.subject} has images of different sizes; set fit.views_per_step=1 or resize the images."
-        )
+        raise UserError(f"{data.subject} has images of different sizes; set fit.views_per_step=1 or resize the images.")
     scene = make_scene(model, data.params, config.finetune_flame)
     run = _Run(data, model, config, scene)
     identity = {"config": dataclasses.asdict(config), "data": data.fingerprint(), "head": model.sha256}
@@ -248,9 +246,7 @@ class _Run:
                 )
                 if int(overflow) == 0:
                     break
-                self.capacity = measure_capacity(
-                    self.state, self.scene, views, at_least=self.capacity + int(overflow)
-                )
+                self.capacity = measure_capacity(self.state, self.scene, views, at_least=self.capacity + int(overflow))
             total += np.asarray(weights)[: len(total)]
         return total
 

@@ -199,7 +199,9 @@ def pose(params: dict[str, Array], binding: Int[Array, "N"], scene: Scene, times
     """The Gaussians in the world at one timestep; opacities are left at 1, colours out."""
     with jax.named_scope("pose"):
         if scene.vertices is None:
-            at = {key: params[key][timestep] if key in params else getattr(scene.tracked, key)[timestep] for key in FLAME}
+            at = {
+                key: params[key][timestep] if key in params else getattr(scene.tracked, key)[timestep] for key in FLAME
+            }
             vertices = flame_vertices(scene.model, scene.tracked.replace(**at))
         else:
             vertices = scene.vertices[timestep]
@@ -243,7 +245,7 @@ def _gather(state: FitState, of_means2d: Array, radii: Array, width: int, height
 
 
 def _adam(state: FitState, gradients: dict[str, Array], rates: dict[str, Array]) -> FitState:
-    """Torch's Adam with one step count for all, as GaussianAvatars runs it: rows added later start with zero moments."""
+    """Torch's Adam with one step count for all, as in GaussianAvatars: rows added later start with zero moments."""
     with jax.named_scope("adam"):
         step = state.step + 1
         unbias1, unbias2 = 1 - _BETA1 ** step.astype(jnp.float32), 1 - _BETA2 ** step.astype(jnp.float32)
