@@ -25,22 +25,24 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
+from experiments.charts import bar_chart
 from experiments.common import run
 from experiments.config_flags import define_config
+from experiments.heads import DETAILS, choose_head
 from experiments.media import write_image
 from pointillist_jax.configs import DataConfig
 from pointillist_jax.data.fits import find_fits, fit_folder
 from pointillist_jax.data.subjects import find_portrait, subject_record
 from pointillist_jax.data.token_store import META, StoreSpec, StoreWriter, TokenStore, open_store
-from pointillist_jax.files import UserError, atomic_path, file_sha256, read_json
-from pointillist_jax.flame import FlameModel, load_flame, open_head
+from pointillist_jax.files import UserError, atomic_path, file_sha256
+from pointillist_jax.flame import FlameModel
 from pointillist_jax.tokens import PointTokenizer
 
 FITS = flags.DEFINE_string("fits", None, "A fit, or a folder of them (<subject>/…).")
 WORKDIR = flags.DEFINE_string("workdir", "outputs/tokens", "The token store.")
 CAPTURES = flags.DEFINE_string("captures", None, "Folder of captures (<subject>/…) to take portraits from.")
 FLAME = flags.DEFINE_string("flame", None, "Your FLAME .pkl, which the fits are bound to.")
-DETAIL = flags.DEFINE_enum("detail", None, ["coarse", "full"], "Or the open head; default: what --fits names, or full.")
+DETAIL = flags.DEFINE_enum("detail", None, DETAILS, "Or the open head; default: what --fits names, or full.")
 SUBJECTS = flags.DEFINE_list("subjects", None, "Only these, with commas.")
 BOUNDS = flags.DEFINE_list("bounds", None, "Corners of the cube in metres: x,y,z of the lower one, then of the upper.")
 OUT_OF_BOUNDS = flags.DEFINE_enum("out_of_bounds", None, ["error", "clip"], "What to do with points outside the cube.")
@@ -56,7 +58,7 @@ def main() -> None:
     if FITS.value is None:
         raise UserError("--fits is missing: name a folder of rigged fits.")
     data, fits = with_bounds(config().data), chosen_fits()
-    model = head(Path(FITS.value))
+    model = choose_head(FLAME.value, DETAIL.value, Path(FITS.value) / "identities.json")
     prepare(Path(WORKDIR.value))
     tokenizer = PointTokenizer(num_faces=model.num_faces, bins=data.bins, lower=data.lower, upper=data.upper)
     spec = StoreSpec(tokenizer, model.sha256, model.source, data.canonical_jaw, data.portrait_size, data.out_of_bounds)
@@ -86,24 +88,6 @@ def chosen_fits() -> dict[str, Path]:
     if missing := [name for name in SUBJECTS.value if name not in fits]:
         raise UserError(f"--subjects: {FITS.value} holds no fit of {missing[0]!r}; it has: {', '.join(fits)}.")
     return {name: fits[name] for name in sorted(set(SUBJECTS.value))}
-
-
-def head(fits: Path) -> FlameModel:
-    """The head the fits are bound to: as flags say, as `identities.json` of synthetic people says, or the full one."""
-    if FLAME.value:
-        if DETAIL.value:
-            raise UserError("--flame and --detail exclude each other; give one.")
-        return load_flame(FLAME.value)
-    card = fits / "identities.json"
-    if DETAIL.value or not card.is_file():
-        return open_head(DETAIL.value or "full")
-    named = read_json(card, "a list of synthetic people").get("head")
-    named = named if isinstance(named, dict) else {}
-    for detail in ("coarse", "full"):
-        model = open_head(detail)
-        if (named.get("source"), named.get("sha256")) == (model.source, model.sha256):
-            return model
-    raise UserError(f"{card} was made with the head {named.get('source')!r}: name its file with --flame.")
 
 
 def prepare(workdir: Path) -> None:
@@ -185,7 +169,8 @@ def report(store: TokenStore, seconds: float) -> None:
     content["histogram"] = {"counts": counts.tolist(), "edges": np.round(edges, 1).tolist()}
     with atomic_path(store.path / "lengths.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
-    write_image(store.path / "lengths.png", histogram_picture(counts, edges, len(store)))
+    title = f"lengths of {len(store)} subjects"
+    write_image(store.path / "lengths.png", bar_chart(counts, edges, title, "tokens", "subjects"))
 
     t = store.tokenizer
     print(f"\n{len(store)} subjects, {spread['total']:,} tokens; vocabulary {t.vocab_size}, {t.bins} bins")
@@ -206,33 +191,6 @@ OUTPUTS = {
     "lengths.json": "tokens of every subject, and their histogram",
     "lengths.png": "the histogram",
 }
-
-
-def histogram_picture(counts: np.ndarray, edges: np.ndarray, subjects: int) -> np.ndarray:
-    """Bars over thousands of tokens: float32 [360, 640, 3]."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    width, height, left, right, top, bottom = 640, 360, 56, 16, 36, 52
-    picture = Image.new("RGB", (width, height), (255, 255, 255))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
-    inner_w, inner_h, ink, faint = width - left - right, height - top - bottom, (40, 40, 40), (225, 225, 225)
-    highest = max(int(counts.max()), 1)
-    step = max(1, -(-highest // 4))
-    for count in range(0, highest + 1, step):
-        y = top + inner_h * (1 - count / highest)
-        draw.line([(left, y), (width - right, y)], faint)
-        draw.text((left - 8, y), str(count), ink, font, anchor="rm")
-    for i, count in enumerate(counts):
-        x0, x1 = (left + inner_w * (i + k) / len(counts) for k in (0, 1))
-        if count:
-            draw.rectangle([x0 + 1, top + inner_h * (1 - count / highest), x1 - 1, top + inner_h], (70, 110, 180))
-    draw.line([(left, top + inner_h), (width - right, top + inner_h)], ink)
-    for k in range(5):
-        value = edges[0] + (edges[-1] - edges[0]) * k / 4
-        draw.text((left + inner_w * k / 4, top + inner_h + 14), f"{value / 1000:.1f}k", ink, font, anchor="mm")
-    draw.text((left + inner_w / 2, height - 14), "tokens of a subject", ink, font, anchor="mm")
-    draw.text((left, 16), f"lengths of {subjects} subjects", ink, font, anchor="lm")
-    return np.asarray(picture, np.float32) / 255
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class TokenHistogram:
     """Log-probabilities by stage of the sequence.
 
     Attributes:
-      log_probs: of the x, y, z and b slots, [R, C] nats each: R stages; C = bins + 1 (the last is E), bins, bins, faces.
+      log_probs: of the x, y, z and b slots, [R, C] nats: R stages; C = bins + 1 (the last is E), bins, bins, faces.
       tokenizer: whose ids they are.
     """
 

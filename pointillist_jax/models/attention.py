@@ -1,6 +1,6 @@
 """Attention behind one function, with three implementations (DESIGN §6, facts/jax.md).
 
-`cudnn` is the flash attention of NVIDIA GPUs, `chunked` is memory-linear and runs everywhere, `xla` is the plain oracle.
+`cudnn` is the flash attention of NVIDIA GPUs, `chunked` is memory-linear and runs everywhere, `xla` the plain oracle.
 
 Letters: B batch, T queries, S keys, N heads, K kv heads, R = N / K query heads per kv head, H head dim.
 """

@@ -1,0 +1,47 @@
+"""Which head a script works with: the user's FLAME, or the open head that the data name."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pointillist_jax.files import UserError, read_json
+from pointillist_jax.flame import FlameModel, load_flame, open_head
+
+DETAILS = ("coarse", "full")
+
+
+def choose_head(flame: str | None, detail: str | None, card: str | os.PathLike | None = None) -> FlameModel:
+    """The head of `--flame`, else of `--detail`, else the one that `card` names, else the full open head.
+
+    Args:
+      flame: path of a FLAME .pkl, or None.
+      detail: "coarse" or "full", or None.
+      card: a JSON file with {"head": {"source": …, "sha256": …}}, such as identities.json; it may be missing.
+
+    Raises:
+      UserError: both flags, or a card that names a head which is not the open one.
+    """
+    if flame:
+        if detail:
+            raise UserError("--flame and --detail exclude each other; give one.")
+        return load_flame(flame)
+    if detail or card is None or not os.path.isfile(card):
+        return open_head(detail or "full")
+    named: Any = read_json(card, "a card that names its head").get("head")
+    named = named if isinstance(named, dict) else {}
+    return named_head(named.get("source"), named.get("sha256"), str(card))
+
+
+def named_head(source: Any, sha256: Any, where: str, flame: str | None = None) -> FlameModel:
+    """The head with this sha256: the one of `--flame`, or one of the two open heads.
+
+    Raises:
+      UserError: it is none of them; the sentence names what `where` was made with.
+    """
+    candidates = [load_flame(flame)] if flame else [open_head(detail) for detail in DETAILS]
+    for model in candidates:
+        # Both open heads lie in one file, so the sha256 alone does not tell them apart.
+        if model.sha256 == sha256 and (flame or model.source == source):
+            return model
+    raise UserError(f"{where} was made with the head {source!r}: name its file with --flame.")

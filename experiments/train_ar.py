@@ -1,0 +1,239 @@
+"""Stage one: trains the autoregressive point transformer on a token store (paper §4.4.1, §5.1).
+
+    python -m experiments.train_ar --config=tiny --store=outputs/tokens --workdir=outputs/ar [--resume|--overwrite]
+       [--config.train.steps=2000 …] [--mesh=data:2,fsdp:4] [--profile=20:22]
+
+Several processes: start the same command once per process with --coordinator=<host:port of process 0>
+--num_processes=N --process_id=i, or --coordinator=auto under SLURM, Kubernetes or Open MPI.
+
+Writes checkpoints/, metrics.jsonl, tensorboard/, card.json and curve.png. SIGTERM and Ctrl-C save and stop; --resume
+goes on from the newest checkpoint, on the same mesh bit for bit. At the end the loss on held-out subjects stands beside two
+baselines and beside the loss with the conditions of the subjects exchanged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from experiments.charts import line_chart
+from experiments.common import open_workdir, run
+from experiments.config_flags import define_config
+from experiments.heads import named_head
+from experiments.media import write_image
+from pointillist_jax.configs import Config
+from pointillist_jax.data.token_store import TokenStore, open_store
+from pointillist_jax.data.windows import split_subjects, window_batches
+from pointillist_jax.evaluation.token_baselines import MEAN_HEAD_STAGES, fit_histogram
+from pointillist_jax.files import UserError, atomic_path
+from pointillist_jax.flame import FlameModel
+from pointillist_jax.flops import decoder_flops, device_peak, training_flops
+from pointillist_jax.sharding import make_mesh, start_processes
+from pointillist_jax.training import ar
+from pointillist_jax.training.checkpoints import Checkpoints
+from pointillist_jax.training.loop import resume_or_init, train
+from pointillist_jax.training.metric_log import read_metrics
+from pointillist_jax.training.state import TrainState, make_optimizer, make_schedule, train_step
+
+STORE = flags.DEFINE_string("store", None, "The token store (experiments.tokenize).")
+WORKDIR = flags.DEFINE_string("workdir", "outputs/ar", "Where the run goes.")
+FLAME = flags.DEFINE_string("flame", None, "Your FLAME .pkl, if the store was made with it.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the initial parameters and the order of windows.", lower_bound=0)
+RESUME = flags.DEFINE_boolean("resume", False, "Go on from the newest checkpoint in --workdir.")
+OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Delete --workdir first.")
+MESH = flags.DEFINE_string("mesh", "", "Sizes of data, fsdp, tensor, context; data takes what is left.")
+COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0, or auto; for jobs of several processes.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator.")
+PROFILE = flags.DEFINE_string("profile", "", "first:last step of a trace for TensorBoard or Perfetto, e.g. 20:22.")
+CONFIG = define_config("model", "data", "train")
+
+
+def main() -> None:
+    start_processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    start = time.perf_counter()
+    if STORE.value is None:
+        raise UserError("--store is missing: name a token store (python -m experiments.tokenize makes one).")
+    store = open_store(STORE.value)
+    head = named_head(store.spec.flame_source, store.spec.flame_sha256, STORE.value, FLAME.value)
+    config = CONFIG()
+    config = dataclasses.replace(config, model=config.model.for_tokenizer(store.tokenizer))
+    workdir = _open(Path(WORKDIR.value))
+    state, stopped, held_out = train_ar(store, head, config, workdir, seed=SEED.value, mesh=MESH.value)
+    if jax.process_index():
+        return
+    if stopped:
+        print(f"\nstopped by {stopped} at step {int(state.step)}; everything is saved: go on with --resume.")
+        return
+    summary = summarize(workdir, store, config, held_out)
+    print_summary(summary)
+    print(f"\ndone in {time.perf_counter() - start:.0f} s; everything lies in {workdir}/:")
+    print("  checkpoints/<step>/  params (for generation), state (for --resume)")
+    print("  metrics.jsonl        one line per logged step; tensorboard/ shows the same")
+    print("  curve.png            training and held-out loss")
+    print("  card.json            held-out losses beside the baselines")
+
+
+def train_ar(
+    store: TokenStore,
+    head: FlameModel,
+    config: Config,
+    workdir: Path,
+    *,
+    seed: int = 0,
+    mesh: str = "",
+    bar: bool = True,
+) -> tuple[TrainState, str | None, tuple[str, ...]]:
+    """Trains, or goes on with what lies in `workdir`. Returns the state, what stopped it early, held-out subjects."""
+    model, data, settings = config.model, config.data, config.train
+    devices = make_mesh(mesh)
+    training, held_out = split_subjects(store.subjects, min(data.held_out, len(store) - 1), data.split_seed)
+    shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    window = {"window": model.window, "condition": ("portrait", "flame"), **shares}
+    stream = iter(
+        window_batches(
+            store,
+            batch_size=settings.batch_size,
+            stride=data.stride or None,
+            subjects=training,
+            seed=seed,
+            num_workers=data.num_workers,
+            num_threads=data.num_threads,
+            prefetch=data.prefetch,
+            **window,
+        )
+    )
+    change = ar.shuffled_conditions(store, held_out) if len(held_out) > 1 else None
+
+    def evaluation_batches(name: str):
+        batches = window_batches(
+            store, batch_size=settings.batch_size, subjects=held_out, shuffle=False, num_epochs=1, **window
+        )
+        return map(change, batches) if name == "shuffled" else batches
+
+    names = ("", "shuffled") if change else ("",)
+    loss_fn = ar.make_loss(model, head)
+    evaluate = ar.make_evaluation(loss_fn, devices, evaluation_batches, names) if held_out else None
+    optimizer, init = make_optimizer(settings), ar.init_params(model)
+    step = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=settings)
+    peak = device_peak(jax.devices()[0].device_kind)
+    with Checkpoints(workdir, settings.keep) as checkpoints:
+        key = jax.random.PRNGKey(seed)
+        state = resume_or_init(checkpoints, init, optimizer, settings, key, devices, stream)
+        state, stopped = train(
+            state,
+            jax.jit(step, donate_argnums=0),
+            stream,
+            config=settings,
+            mesh=devices,
+            workdir=workdir,
+            checkpoints=checkpoints,
+            meta={"config": dataclasses.asdict(config), "store": store.spec.to_json(), "seed": seed},
+            schedule=make_schedule(settings),
+            evaluate=evaluate,
+            describe=lambda batch: "subjects " + ", ".join(store.subjects[i] for i in sorted(set(batch["subject"]))),
+            tokens_per_step=settings.batch_size * model.window,
+            flops_per_step=settings.batch_size * training_flops(window_flops(config)),
+            peak_flops=peak and peak.flops,
+            profile=_profile(PROFILE.value) if flags.FLAGS.is_parsed() else None,
+            bar=bar,
+        )
+    stream.close()
+    return state, stopped, held_out
+
+
+def window_flops(config: Config, context: int | None = None) -> dict[str, float]:
+    """FLOPs of one forward of the transformer over one window, by part; the encoders are left out."""
+    from pointillist_jax.models.condition import context_length
+
+    m = config.model
+    slots = (3 * m.bins + m.num_faces) / 4
+    return decoder_flops(
+        m.window,
+        context_length(m) if context is None else context,
+        layers=m.layers,
+        width=m.width,
+        heads=m.heads,
+        kv_heads=m.num_kv_heads,
+        head_dim=m.head_dim,
+        ffw=m.mlp_width,
+        gated=m.mlp == "gated",
+        logits=slots if m.loss_support == "slot" else m.tokenizer.vocab_size,
+    )
+
+
+def summarize(workdir: Path, store: TokenStore, config: Config, held_out: tuple[str, ...]) -> dict[str, Any]:
+    """Writes card.json and curve.png: the last evaluation beside the baselines, all on the held-out subjects."""
+    lines = read_metrics(workdir)
+    evaluations = [line for line in lines if "eval_loss" in line]
+    training, _ = split_subjects(store.subjects, len(held_out), config.data.split_seed)
+    summary: dict[str, Any] = {"steps": lines[-1]["step"], "held_out": list(held_out), "unit": "nats per token"}
+    if evaluations:
+        last = evaluations[-1]
+        by_name = {k.removeprefix("eval_"): round(v, 4) for k, v in last.items() if k.startswith("eval_")}
+        summary["model"] = {k: v for k, v in by_name.items() if not k.startswith("shuffled_")}
+        if "shuffled_loss" in by_name:
+            summary["conditions_exchanged"] = {
+                k.removeprefix("shuffled_"): v for k, v in by_name.items() if k.startswith("shuffled_loss")
+            }
+    if held_out and len(training) > 1:
+        known, unseen = ([store.tokens(store.index(name)) for name in names] for names in (training, held_out))
+        for name, stages in (("unigram", 1), ("mean_head", MEAN_HEAD_STAGES)):
+            scores = fit_histogram(known, store.tokenizer, stages).nll(unseen)
+            summary[name] = {key: round(value, 4) for key, value in scores.items()}
+    with atomic_path(workdir / "card.json") as path:
+        path.write_text(json.dumps(summary, indent=1) + "\n")
+    series = {
+        "training": [(line["step"], line["loss"]) for line in lines if "loss" in line],
+        "held out": [(line["step"], line["eval_loss"]) for line in evaluations],
+    }
+    levels = {
+        name: summary[key]["loss"]
+        for name, key in (("unigram", "unigram"), ("mean head", "mean_head"))
+        if key in summary
+    }
+    write_image(workdir / "curve.png", line_chart(series, levels, "step", "nats per token"))
+    return summary
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """The table of losses on held-out subjects."""
+    rows = [
+        (name, summary[name]) for name in ("unigram", "mean_head", "conditions_exchanged", "model") if name in summary
+    ]
+    if not rows:
+        return
+    print(f"\nheld-out subjects ({len(summary['held_out'])}), nats per token after {summary['steps']} steps:")
+    print(f"  {'':<22}{'all':>8}" + "".join(f"{slot:>8}" for slot in "xyzb"))
+    for name, scores in rows:
+        values = [scores.get("loss"), *(scores.get(f"loss_{slot}") for slot in "xyzb")]
+        cells = "".join(f"{v:>8.3f}" if v is not None else " " * 8 for v in values)
+        print(f"  {name.replace('_', ' '):<22}{cells}")
+
+
+def _open(workdir: Path) -> Path:
+    # Only the first process deletes; the others meet what it left.
+    if jax.process_index():
+        return workdir
+    return open_workdir(workdir, resume=RESUME.value, overwrite=OVERWRITE.value)
+
+
+def _profile(text: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
+    if not match or int(match[1]) > int(match[2]):
+        raise UserError(f"--profile={text} must be first:last step, e.g. 20:22.")
+    return int(match[1]), int(match[2])
+
+
+if __name__ == "__main__":
+    run(main)
