@@ -46,7 +46,8 @@ OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Delete the people in --wor
 CONFIG = define_config("identities")
 
 GALLERY = 24
-_VIEWS = (("front", 0), ("three-quarter", 40), ("side", 90), ("back", 180))
+# Degrees towards the subject's left: front, three-quarter, side, back.
+VIEWS, VIEW_SIZE = (0.0, 40.0, 90.0, 180.0), 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,12 +189,11 @@ def make_person(workdir: str, subject: str, job: Job) -> None:
             "fov_x": anatomy.unit * np.radians(20.5),
             "elevation": 0.04,
         }
-        views = []
-        for _, degrees in _VIEWS:
-            angle = float(np.radians(degrees))
-            camera = orbit(1, width=256, height=256, azimuth=(angle, angle), **around)
-            views.append(render(person.gaussians, portrait, camera)[0][0])
-        write_image(folder / "views.png", np.concatenate(views, axis=1))
+        four = [orbit(1, width=VIEW_SIZE, height=VIEW_SIZE, azimuth=(a, a), **around) for a in np.radians(VIEWS)]
+        camera = four[0].replace(
+            viewmats=np.concatenate([c.viewmats for c in four]), Ks=np.concatenate([c.Ks for c in four])
+        )
+        write_image(folder / "views.png", np.concatenate(render(person.gaussians, portrait, camera)[0], axis=1))
         camera = orbit(1, width=job.portrait_size, height=job.portrait_size, azimuth=(0.0, 0.0), **around)
         write_image(folder / "portrait.png", render(person.gaussians, portrait, camera)[0][0])
         save_flame_params(folder / "portrait_flame_param.npz", portrait, model)

@@ -341,8 +341,10 @@ _PAPER = ModelConfig(
 )
 
 PRESETS = {
-    # Data: a dozen people at the size the tiny image encoder reads.
-    "tiny": Config(fit=_LAPTOP_FIT, data=DataConfig(portrait_size=112, held_out=4)),
+    # Identities at a laptop's density; data of a dozen people at the size the tiny image encoder reads.
+    "tiny": Config(
+        identities=IdentityConfig(density=0.35), fit=_LAPTOP_FIT, data=DataConfig(portrait_size=112, held_out=4)
+    ),
     "small": Config(model=_SMALL),
     "paper": Config(model=_PAPER),
 }

@@ -25,11 +25,11 @@ CAMERAS = (
     (0, 2), (10, -18), (18, 8), (26, 24), (34, -10), (50, 12), (72, 6), (125, 16),
 )  # fmt: skip
 VALIDATION_CAMERA = 8
-TARGET = (0.0, -0.025, -0.03)
-_DISTANCE, _FOV = 1.1, math.radians(21.5)
+TARGET = (0.0, -0.015, -0.03)
+_DISTANCE, _FOV = 1.1, math.radians(22.0)
 # Views rendered by one call: what keeps its buffers at about the size of sixteen of 256².
 _PIXELS_PER_CALL = 16 * 256 * 256
-_BUCKET = 4096
+_BUCKET = 8192
 
 
 def capture_rig(size: int, scale: float = 1.0) -> Camera:
@@ -46,8 +46,9 @@ def capture_rig(size: int, scale: float = 1.0) -> Camera:
 class FrameRenderer:
     """Renders posed people with few compilations: Gaussians are padded to buckets, the capacity is kept and grown."""
 
-    def __init__(self, model: FlameModel):
-        self._model = model
+    def __init__(self, model: FlameModel, first_capacity: int | None = None):
+        """`first_capacity`: tile intersections to begin with; None guesses from the number of Gaussians."""
+        self._model, self._first = model, first_capacity
         self._capacity: dict[tuple[int, int, int, int], int] = {}
 
     def __call__(self, local: Gaussians, params: FlameParams, cameras: Camera) -> tuple[np.ndarray, np.ndarray]:
@@ -72,7 +73,7 @@ class FrameRenderer:
         for start in range(0, total, step):
             key = (local.num_gaussians, step, cameras.width, cameras.height)
             while True:
-                capacity = self._capacity.setdefault(key, _capacity_bucket(4 * step * local.num_gaussians))
+                capacity = self._capacity.setdefault(key, _capacity_bucket(self._first or 4 * step * local.num_gaussians))
                 image, alpha, info = _render(
                     world,
                     cameras.viewmats[start : start + step],

@@ -41,9 +41,12 @@ def beard_tint(anatomy: Anatomy, points: SurfacePoints, traits: Traits) -> np.nd
 
 def beard_faces(anatomy: Anatomy, traits: Traits) -> np.ndarray:
     """[F] bool: faces that carry this person's beard."""
-    centers = anatomy.template[anatomy.faces].mean(axis=1)
-    bare = anatomy.faces_of("lips", "nose", "ears") | ~anatomy.outside
-    return (beard_weight(centers, traits.beard) > 0.5) & ~bare
+    corners = anatomy.template[anatomy.faces]
+    places = np.concatenate([corners, corners.mean(axis=1, keepdims=True)], axis=1)
+    bare = anatomy.faces_of("nose", "ears") | ~anatomy.outside
+    lips = anatomy.region("lips")[anatomy.faces].min(axis=1) > 0.2
+    weight = beard_weight(places.reshape(-1, 3), traits.beard).reshape(-1, 4).max(axis=1)
+    return (weight > 0.5) & ~bare & ~lips
 
 
 def beard_splats(

@@ -215,7 +215,10 @@ def _long(anatomy, vertices, collider, roots, segments, traits, density, rng):
         _tangential(comb, normals) + 0.22 * _smooth_noise(roots.positions, rng, 35.0) + 0.08 * rng.normal(size=(num, 3))
     )
     height = rng.random(num)
-    length = traits.hair_length * rng.uniform(0.88, 1.05, num) * anatomy.unit
+    # Hair is cut at one height all round, so locks from the nape are the shortest; from the crown they go sideways first.
+    hem = 0.19 - traits.hair_length
+    length = (q[:, 1] - hem + 0.05 * smoothstep(q[:, 1], 0.04, 0.125)) * rng.uniform(0.90, 1.04, num) * anatomy.unit
+    length = np.maximum(length, 0.02 * anatomy.unit)
     bangs = np.zeros(num, bool)
     if traits.fringe:
         bangs = (np.abs(azimuth(q)) < 44) & (above_hairline(q) < 0.018)

@@ -109,7 +109,7 @@ def sample_traits(
     drawn_beard = str(rng.choice(BEARDS, p=beards[drawn_style]))
     style, beard = hair_style or drawn_style, beard or drawn_beard
     low, high = {
-        "bald": (0.0, 0.0), "cropped": (0.006, 0.014), "short": (0.026, 0.050), "long": (0.20, 0.34),
+        "bald": (0.0, 0.0), "cropped": (0.006, 0.014), "short": (0.026, 0.050), "long": (0.24, 0.38),
         "bun": (0.2, 0.2), "ponytail": (0.18, 0.28),
     }[style]  # fmt: skip
     draw = rng.random(12)
