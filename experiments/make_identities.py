@@ -28,7 +28,7 @@ from experiments.common import run
 from experiments.config_flags import define_config
 from experiments.media import write_image
 from pointillist_jax.configs import IdentityConfig
-from pointillist_jax.files import UserError, atomic_folder, atomic_path, read_json
+from pointillist_jax.files import UserError, atomic_folder, atomic_path, read_json, write_npz
 
 WORKDIR = flags.DEFINE_string("workdir", "outputs/people", "Where the people go.")
 NUM = flags.DEFINE_integer("num_identities", 24, "People.", lower_bound=1, upper_bound=1_000_000)
@@ -161,7 +161,7 @@ def make_person(workdir: str, subject: str, job: Job) -> None:
     from pointillist_jax.cameras import orbit
     from pointillist_jax.data.capture_writer import FrameRenderer, capture_rig, write_capture
     from pointillist_jax.data.fits import save_fit
-    from pointillist_jax.data.identities import portrait_params, random_motion, sample_identity, study
+    from pointillist_jax.data.identities import HAIR_STYLES, portrait_params, random_motion, sample_identity, study
     from pointillist_jax.flame.param_files import save_flame_params
 
     if job not in _WORKER:
@@ -170,7 +170,10 @@ def make_person(workdir: str, subject: str, job: Job) -> None:
     model, anatomy, render = _WORKER[job]
     number = int(subject.split("_")[1])
     seed = int(np.random.SeedSequence([job.seed, number]).generate_state(1)[0])
-    person = sample_identity(model, seed, job.config, anatomy=anatomy)
+    # Every six people wear all six hair styles, so that small populations are varied too.
+    block, place = divmod(number, len(HAIR_STYLES))
+    style = np.random.default_rng([job.seed, block, 6]).permutation(HAIR_STYLES)[place]
+    person = sample_identity(model, seed, job.config, anatomy=anatomy, hair_style=str(style))
     rng = np.random.default_rng([seed, 100])
     portrait = portrait_params(model, person.params.shape, rng)
     motion = random_motion(model, person.params.shape, max(job.timesteps, 1), rng)
@@ -180,9 +183,8 @@ def make_person(workdir: str, subject: str, job: Job) -> None:
             cameras = capture_rig(job.size, anatomy.unit)
             write_capture(folder, model, person.gaussians, motion, person.canonical, cameras, render)
         save_fit(folder / "truth", person.gaussians, motion, model)
-        np.savez(
-            folder / "truth/labels.npz", parts=person.parts, **{f"face_{k}": v for k, v in person.face_flags.items()}
-        )
+        flagged = {f"face_{name}": faces for name, faces in person.face_flags.items()}
+        write_npz(folder / "truth/labels.npz", {"parts": person.parts, **flagged})
         around = {
             "distance": 1.1,
             "target": (0.0, -0.02, -0.03),

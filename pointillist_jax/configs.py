@@ -24,7 +24,7 @@ class IdentityConfig:
     """
 
     density: float = 1.0
-    shape_spread: float = 0.6
+    shape_spread: float = 0.7
     canonical_jaw: float = 0.3
 
 

@@ -73,7 +73,8 @@ class FrameRenderer:
         for start in range(0, total, step):
             key = (local.num_gaussians, step, cameras.width, cameras.height)
             while True:
-                capacity = self._capacity.setdefault(key, _capacity_bucket(self._first or 4 * step * local.num_gaussians))
+                guess = _capacity_bucket(self._first or 4 * step * local.num_gaussians)
+                capacity = self._capacity.setdefault(key, guess)
                 image, alpha, info = _render(
                     world,
                     cameras.viewmats[start : start + step],

@@ -32,7 +32,8 @@ FRAME_KEYS = {
     "h", "w", "camera_angle_x", "camera_angle_y", "transform_matrix", "file_path", "fg_mask_path", "flame_param_path",
 }  # fmt: skip
 TOP_KEYS = {
-    "cx", "cy", "fl_x", "fl_y", "h", "w", "camera_angle_x", "camera_angle_y", "timestep_indices", "camera_indices", "frames",
+    "cx", "cy", "fl_x", "fl_y", "h", "w", "camera_angle_x", "camera_angle_y", "timestep_indices", "camera_indices",
+    "frames",
 }  # fmt: skip
 
 
@@ -50,9 +51,7 @@ def person(model):
 def folder(model, person, tmp_path_factory):
     folder = tmp_path_factory.mktemp("people") / "person_0000"
     motion = random_motion(model, np.asarray(person.params.shape), TIMESTEPS, np.random.default_rng(0))
-    write_capture(
-        folder, model, person.gaussians, motion, person.canonical, capture_rig(SIZE), FrameRenderer(model)
-    )
+    write_capture(folder, model, person.gaussians, motion, person.canonical, capture_rig(SIZE), FrameRenderer(model))
     save_fit(folder / "truth", person.gaussians, motion, model)
     return folder
 

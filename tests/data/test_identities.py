@@ -175,7 +175,9 @@ def test_hair_is_rigid_while_the_face_moves_and_a_beard_follows_the_jaw(model, b
     # Glasses keep their form whatever the face does.
     person = by_style["bald"]
     grimace = person.params.replace(expr=np.ones_like(person.params.expr) * 0.5)
-    before, after = (np.asarray(posed(model, person, p).means)[part(person, "glasses")] for p in (person.params, grimace))
+    before, after = (
+        np.asarray(posed(model, person, p).means)[part(person, "glasses")] for p in (person.params, grimace)
+    )
     np.testing.assert_allclose(
         np.linalg.norm(before - before[:1], axis=1), np.linalg.norm(after - after[:1], axis=1), atol=2e-3
     )

@@ -45,7 +45,7 @@ def clothing_splats(
     weave = np.cos(2 * np.pi * depth / 0.0042) * (0.05 if traits.clothing == "turtleneck" else 0.0)
     folds = np.cos(points.template @ (rng.normal(size=(3, 6)) * 60) + rng.uniform(0, 6.3, 6)).mean(axis=1)
     tone = shading(anatomy, points) * (1 + weave + 0.09 * folds - 0.14 * edge + 0.02 * rng.normal(size=len(points)))
-    cloth = discs(points, np.array(traits.clothing_rgb) * tone[:, None], "clothing", spread=0.72)
+    cloth = discs(points, np.array(traits.clothing_rgb) * tone[:, None], "clothing", spread=0.92)
     cloth.means = points.positions + lift[:, None] * points.normals
     return [cloth]
 

@@ -64,6 +64,8 @@ def head_hair(
     if traits.hair_style != "cropped" and density < 0.5:
         segments = max(2, round(segments * 0.75))
     comb = {"cropped": _cropped, "short": _short, "long": _long, "bun": _tied, "ponytail": _tied}[traits.hair_style]
+    if traits.hair_style == "short" and traits.curl > 0.6:
+        comb = _curly
     return comb(anatomy, vertices, collider, roots, segments, traits, density, rng)
 
 
@@ -169,9 +171,9 @@ def _short(anatomy, vertices, collider, roots, segments, traits, density, rng):
     sides = np.concatenate([0 * side, -1.0 + 0 * side, -0.45 + 0 * side], axis=1)
     flow = _tangential(top[:, None] * comb + (1 - top[:, None]) * sides, normals)
     # Neighbours are combed alike: the disorder is smooth over a few centimetres, with a little for each lock.
-    flow = flow + 0.22 * _smooth_noise(roots.positions, rng, 40.0) + 0.10 * rng.normal(size=(num, 3))
+    flow = flow + 0.20 * _smooth_noise(roots.positions, rng, 40.0) + 0.07 * rng.normal(size=(num, 3))
     height = rng.random(num)
-    direction = flow + (0.25 + 0.30 * top)[:, None] * normals
+    direction = flow + (0.15 + 0.25 * top)[:, None] * normals
     length = traits.hair_length * (0.42 + 0.58 * top) * rng.uniform(0.8, 1.1, num)
     front = smoothstep(above_hairline(q, traits.recession), 0.0, 0.02)
     # Hair lies flat at its edge and along the parting.
@@ -199,13 +201,30 @@ def _short(anatomy, vertices, collider, roots, segments, traits, density, rng):
     ]
 
 
+def _curly(anatomy, vertices, collider, roots, segments, traits, density, rng):
+    """Short, tightly curled hair that stands all round the head."""
+    num, segments, normals = len(roots), segments + 2, roots.normals
+    q, height = roots.template, rng.random(len(roots))
+    edge = smoothstep(above_hairline(q, traits.recession), 0.0, 0.03)
+    top = smoothstep(q[:, 1], 0.02, 0.10)
+    direction = normals + 0.25 * _smooth_noise(roots.positions, rng, 60.0) + 0.25 * rng.normal(size=(num, 3))
+    length = 0.85 * traits.hair_length * (0.45 + 0.55 * top) * (0.35 + 0.65 * edge) * (0.55 + 0.5 * height)
+    points = grow(collider, roots.positions, direction, length, 0.4 * length, segments, gravity=0.03, rise=3)
+    points = curl(points, 1.0, 0.0042 * traits.curl, 75, rng)
+    shade = _layer_shade(0.6 + 0.4 * height, segments, 0.6, 0.5)
+    width = 1.9e-3 / np.sqrt(density) * rng.uniform(0.75, 1.2, num)
+    strands = Strands(points, rigid_faces(anatomy, vertices, roots.positions), width, shade)
+    color, center = np.array(traits.hair_rgb), _center(anatomy, vertices)
+    return [strand_splats(strands, color, "hair", rng, grey=traits.grey, shine=0.05, flat=0.8, tip=0.9, center=center)]
+
+
 def _long(anatomy, vertices, collider, roots, segments, traits, density, rng):
     num = len(roots)
     q, normals = roots.template, roots.normals
     offset = q[:, 0] - traits.parting
     side = np.where(offset >= 0, 1.0, -1.0)
     forward = smoothstep(q[:, 2], -0.05, 0.03)
-    comb = np.stack([side, -0.25 + 0 * side, -0.55 * forward - 0.25], axis=1)
+    comb = np.stack([side, -0.25 + 0 * side, -0.9 * forward - 0.25], axis=1)
     # Behind the crown hair falls straight down.
     behind = smoothstep(q[:, 2], -0.06, -0.10)
     comb = (1 - behind)[:, None] * comb + behind[:, None] * np.stack(
@@ -215,7 +234,7 @@ def _long(anatomy, vertices, collider, roots, segments, traits, density, rng):
         _tangential(comb, normals) + 0.22 * _smooth_noise(roots.positions, rng, 35.0) + 0.08 * rng.normal(size=(num, 3))
     )
     height = rng.random(num)
-    # Hair is cut at one height all round, so locks from the nape are the shortest; from the crown they go sideways first.
+    # Hair is cut at one height all round: locks from the nape are short, those from the crown go sideways first.
     hem = 0.19 - traits.hair_length
     length = (q[:, 1] - hem + 0.05 * smoothstep(q[:, 1], 0.04, 0.125)) * rng.uniform(0.90, 1.04, num) * anatomy.unit
     length = np.maximum(length, 0.02 * anatomy.unit)

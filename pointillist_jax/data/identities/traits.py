@@ -84,7 +84,7 @@ class Traits:
 def sample_traits(
     rng: np.random.Generator, hair_style: str | None = None, beard: str | None = None, glasses: str | None = None
 ) -> Traits:
-    """Random looks that go together. A style that is given replaces the drawn one, all else stays the same."""
+    """Random looks that go together. A style that is given replaces the drawn one."""
     tone = float(rng.beta(1.1, 1.3))
     skin = np.array([np.interp(tone * (len(_SKIN) - 1), np.arange(len(_SKIN)), c) for c in _SKIN.T])
     skin = np.clip(skin * (1 + rng.normal(0, 0.02)) * (1 + rng.normal(0, 0.012, 3)), 0, 1)
@@ -106,8 +106,9 @@ def sample_traits(
         "bun": [0.92, 0.03, 0.0, 0.01, 0.04], "ponytail": [0.94, 0.03, 0.0, 0.01, 0.02],
     }  # fmt: skip
     drawn_style = str(rng.choice(HAIR_STYLES, p=styles))
-    drawn_beard = str(rng.choice(BEARDS, p=beards[drawn_style]))
-    style, beard = hair_style or drawn_style, beard or drawn_beard
+    style = hair_style or drawn_style
+    drawn_beard = str(rng.choice(BEARDS, p=beards[style]))
+    beard = beard or drawn_beard
     low, high = {
         "bald": (0.0, 0.0), "cropped": (0.006, 0.014), "short": (0.026, 0.050), "long": (0.24, 0.38),
         "bun": (0.2, 0.2), "ponytail": (0.18, 0.28),
