@@ -109,7 +109,10 @@ class _Run:
         self.views: Views = data.splits["train"]
         self.state = init_state(model, data.params, config)
         # With a budget the largest number of Gaussians is known, so one bucket and one compilation serve the whole run.
-        self.bucket = bucket_size(max(model.num_faces, self._ceiling() or 0))
+        ceiling = self._ceiling()
+        self.bucket = (
+            bucket_size(model.num_faces) if ceiling is None else -(-max(ceiling, model.num_faces) // 256) * 256
+        )
         self.state = density.from_host(self.state, density.to_host(self.state), self.bucket)
         self.capacity = measure_capacity(self.state, scene, self.views)
         # Sizes of triangles, which the thresholds in metres need, are those of the first training timestep.

@@ -1,0 +1,173 @@
+"""`experiments.fit` as a user starts it: outputs, refusals, and the same bytes after SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+
+import experiments
+from pointillist_jax.data.fits import load_fit
+from pointillist_jax.flame import load_flame
+from pointillist_jax.flame.model import save_flame
+from tests.fitting.scenes import write_person
+
+ROOT = Path(experiments.__file__).parent.parent
+FAST = {
+    "iterations": 30, "densify_from": 4, "densify_interval": 5, "densify_grad": 1e-5, "max_points": 50,
+    "save_interval": 3, "log_interval": 5,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """Two captures of a ball, its head as a file, and a cache of compiled programs for all processes."""
+    root = tmp_path_factory.mktemp("people")
+    for seed in range(2):
+        model = write_person(root / "captures" / f"ball_{seed}", seed)
+    save_flame(root / "ball.npz", model)
+    return root
+
+
+def command(people: Path, workdir: Path, *arguments: str) -> list[str]:
+    config = [f"--config.fit.{key}={value}" for key, value in FAST.items()]
+    return [
+        sys.executable, "-m", "experiments.fit", f"--capture={people / 'captures'}", f"--workdir={workdir}",
+        f"--flame={people / 'ball.npz'}", *config, *arguments,
+    ]  # fmt: skip
+
+
+def environment(people: Path) -> dict[str, str]:
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(people / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+def start(people: Path, workdir: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(people, workdir, *arguments),
+        cwd=ROOT, env=environment(people), capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the clock's."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "timing.json"}
+
+
+@pytest.fixture(scope="module")
+def straight(people):
+    """Both subjects, fitted without interruption."""
+    workdir = people / "straight"
+    done = start(people, workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def test_outputs(people, straight):
+    workdir, done = straight
+    assert str(workdir) in done.stdout
+    model = load_flame(people / "ball.npz")
+    for name in ("ball_0", "ball_1"):
+        folder = workdir / name
+        assert name in done.stdout
+        fit = load_fit(folder, model)
+        report = json.loads((folder / "report.json").read_text())
+        assert fit.folder.name == "iteration_30"
+        assert (
+            fit.gaussians.num_gaussians == report["gaussians"] == sum(p["gaussians"] for p in report["parts"].values())
+        )
+        assert report["gaussians"] <= FAST["max_points"]
+        assert set(np.asarray(fit.gaussians.binding)) == set(range(model.num_faces))
+        assert {s: v["views"] for s, v in report["scores"].items()} == {"train": 8, "val": 2, "test": 5}
+        for split, rows in report["views"].items():
+            assert np.mean([row["psnr"] for row in rows]) == pytest.approx(report["scores"][split]["psnr"], abs=1e-3)
+        assert [row["iteration"] for row in report["history"]][-1] == 30
+        assert report["config"]["iterations"] == 30
+        assert json.loads((folder / "timing.json").read_text())["fit_s"] > 0
+        picture = iio.imread(folder / "report.png")
+        assert picture.ndim == 3
+        assert picture.std() > 10
+        assert not (folder / "checkpoint.npz").exists()
+
+
+def kill_and_resume(people: Path, workdir: Path, moments: list[float]) -> int:
+    """Starts, kills after each moment (seconds since the first checkpoint), finishes; returns the kills that hit."""
+    hits = 0
+    for i, moment in enumerate(moments):
+        process = subprocess.Popen(
+            command(people, workdir, *(["--resume"] if i else [])),
+            cwd=ROOT, env=environment(people), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        end = time.time() + 600
+        while process.poll() is None and time.time() < end and not list(workdir.glob("*/checkpoint.npz")):
+            time.sleep(0.005)
+        try:
+            process.wait(moment)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            hits += 1
+        process.wait()
+    done = start(people, workdir, "--resume")
+    assert done.returncode == 0, done.stderr
+    return hits
+
+
+def test_killed_and_resumed_gives_the_same_bytes(people, straight, tmp_path):
+    """Once, at a random moment of the first subject's fit."""
+    moment = float(np.random.default_rng().uniform(0.0, 0.6))
+    hits = kill_and_resume(people, tmp_path / "fits", [moment])
+    assert hits == 1
+    assert contents(tmp_path / "fits") == contents(straight[0]), moment
+
+
+@pytest.mark.slow
+def test_killed_many_times_gives_the_same_bytes(people, straight, tmp_path):
+    moments = np.random.default_rng().uniform(0.0, 4.0, 6).tolist()
+    hits = kill_and_resume(people, tmp_path / "fits", moments)
+    assert hits >= 3
+    assert contents(tmp_path / "fits") == contents(straight[0]), moments
+
+
+@pytest.mark.slow
+def test_processes_and_shards_give_the_same_bytes(people, straight, tmp_path):
+    done = start(people, tmp_path / "processes", "--processes=2")
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "processes") == contents(straight[0])
+    for shard in range(2):
+        done = start(people, tmp_path / "shards", "--num_shards=2", f"--shard={shard}")
+        assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "shards") == contents(straight[0])
+
+
+@pytest.mark.slow
+def test_comparison_of_density_control(people, tmp_path):
+    done = start(people, tmp_path / "both", "--compare_density", "--subjects=ball_1")
+    assert done.returncode == 0, done.stderr
+    fits = {n: json.loads((tmp_path / "both" / n / "report.json").read_text()) for n in ("ball_1", "ball_1_fixed")}
+    assert fits["ball_1_fixed"]["gaussians"] == 32 < fits["ball_1"]["gaussians"]
+    gain = fits["ball_1"]["scores"]["test"]["psnr"] - fits["ball_1_fixed"]["scores"]["test"]["psnr"]
+    assert f"test {gain:+.2f}" in done.stdout
+
+
+def test_user_errors_are_sentences(people, straight, tmp_path):
+    def said(workdir: Path, *arguments: str) -> str:
+        done = start(people, workdir, *arguments)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    assert "--resume to continue it or --overwrite" in said(straight[0])
+    assert "no subject 'nobody'" in said(tmp_path / "new", "--subjects=nobody")
+    assert "max_points=20 is less than one Gaussian" in said(tmp_path / "new", "--config.fit.max_points=20")
