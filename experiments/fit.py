@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from experiments.common import run
 from experiments.config_flags import define_config
+from experiments.heads import DETAILS, choose_head
 from experiments.media import write_image
 from experiments.pictures import contact_sheet
 from pointillist_jax.configs import FitConfig
@@ -37,7 +38,7 @@ CAPTURE = flags.DEFINE_string("capture", None, "A capture folder, or a folder of
 WORKDIR = flags.DEFINE_string("workdir", "outputs/fits", "Where the fits go.")
 SUBJECTS = flags.DEFINE_list("subjects", None, "Only these subjects of --capture.")
 FLAME = flags.DEFINE_string("flame", None, "Your FLAME .pkl, for captures tracked with FLAME.")
-DETAIL = flags.DEFINE_enum("detail", None, ["coarse", "full"], "Open head of the captures; as identities.json says.")
+DETAIL = flags.DEFINE_enum("detail", None, DETAILS, "Open head of the captures; if not given, as their card says.")
 DOWNSCALE = flags.DEFINE_integer("downscale", 1, "Divides the size of the images.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of the order of views and the places of split Gaussians.", lower_bound=0)
 COMPARE = flags.DEFINE_boolean("compare_density", False, "Fit with and without density control and compare.")
@@ -60,7 +61,7 @@ class Job:
     name: str
     config: FitConfig
     flame: str | None
-    detail: str
+    detail: str | None
     downscale: int
 
 
@@ -108,7 +109,7 @@ def list_jobs() -> list[Job]:
             name=name + suffix,
             config=variant,
             flame=FLAME.value,
-            detail=DETAIL.value or head_of(folder),
+            detail=DETAIL.value,
             downscale=DOWNSCALE.value,
         )
         for name, folder in list(captures.items())[SHARD.value :: NUM_SHARDS.value]
@@ -131,16 +132,6 @@ def find_captures(root: Path) -> dict[str, Path]:
     return found
 
 
-def head_of(capture: Path) -> str:
-    """Which open head a synthetic person has; "full" where nothing says so."""
-    card = capture / "identity.json"
-    if not card.is_file():
-        return "full"
-    head = read_json(card, "a synthetic person's card").get("head")
-    source = head.get("source", "") if isinstance(head, dict) else ""
-    return "coarse" if isinstance(source, str) and "coarse" in source else "full"
-
-
 def prepare(jobs: list[Job]) -> None:
     """Raises UserError for a workdir with fits of these subjects, unless told what to do with them."""
     workdir = Path(WORKDIR.value)
@@ -148,10 +139,26 @@ def prepare(jobs: list[Job]) -> None:
         raise UserError(f"--workdir={workdir} is a file; name a folder.")
     for job in jobs:
         folder = Path(job.folder)
-        if folder.exists() and OVERWRITE.value:
+        if not folder.exists():
+            continue
+        if not folder.is_dir() or not all(_is_ours(path.name) for path in folder.iterdir()):
+            raise UserError(f"{folder} holds something that is no fit; choose another --workdir.")
+        if OVERWRITE.value:
             shutil.rmtree(folder)
-        elif folder.exists() and any(folder.iterdir()) and not RESUME.value:
+        elif any(folder.iterdir()) and not RESUME.value:
             raise UserError(f"{folder} is not empty; give --resume to continue it or --overwrite to start anew.")
+        elif (folder / "report.json").is_file():
+            done = read_report(job)
+            if done.get("config") != dataclasses.asdict(job.config) or done.get("downscale") != job.downscale:
+                raise UserError(
+                    f"{folder} was fitted with other settings; give the same, another --workdir, or --overwrite."
+                )
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith(".") or name in (
+        "point_cloud", "report.json", "report.png", "timing.json", "checkpoint.npz",
+    )  # fmt: skip
 
 
 def fit_all(jobs: list[Job]) -> list[tuple[str, str]]:
@@ -188,11 +195,13 @@ def _fit_job(job: Job, show: bool) -> None:
     from pointillist_jax.fitting import FitData, evaluate, fit
     from pointillist_jax.fitting.evaluate import count_by_part
 
-    model = load_head(job)
+    model = choose_head(job.flame, job.detail, Path(job.capture) / "identity.json")
     capture = load_capture(job.capture, model, downscale=job.downscale)
     data = FitData.from_capture(capture, face_groups(Path(job.capture), model.num_faces))
     folder, config = Path(job.folder), job.config
     folder.mkdir(parents=True, exist_ok=True)
+    for rest in folder.rglob(".*.tmp-*"):  # What a killed run was writing.
+        shutil.rmtree(rest, ignore_errors=True) if rest.is_dir() else rest.unlink()
     checkpoint = folder / "checkpoint.npz"
 
     start = time.perf_counter()
@@ -214,6 +223,7 @@ def _fit_job(job: Job, show: bool) -> None:
     report = {
         "subject": data.subject,
         "iterations": config.iterations,
+        "downscale": job.downscale,
         "gaussians": result.gaussians.num_gaussians,
         "scores": {name: {k: v for k, v in split.items() if k != "per_view"} for name, split in scores.items()},
         "parts": count_by_part(result.state, data, model),
@@ -225,12 +235,6 @@ def _fit_job(job: Job, show: bool) -> None:
     # Last, because a folder with a report is a finished one.
     write_json(folder / "report.json", report)
     checkpoint.unlink(missing_ok=True)
-
-
-def load_head(job: Job):
-    from pointillist_jax.flame import load_flame, open_head
-
-    return load_flame(job.flame) if job.flame else open_head(job.detail)
 
 
 def face_groups(capture: Path, num_faces: int) -> dict[str, np.ndarray]:

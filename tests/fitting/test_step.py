@@ -15,7 +15,7 @@ from pointillist_jax.files import UserError
 from pointillist_jax.fitting import density, schedule
 from pointillist_jax.fitting.data import camera_extent, view_order
 from pointillist_jax.fitting.state import RAW, FitState, init_state
-from pointillist_jax.fitting.step import Batch, StepOptions, blending_weights, make_scene, train_step, view_loss
+from pointillist_jax.fitting.step import Batch, StepOptions, blending_weights, make_scene, render, train_step, view_loss
 from tests.fitting.scenes import SCHEDULE, ball_head, person
 
 CAPACITY = 4096
@@ -179,17 +179,15 @@ def test_blending_weights_sum_to_alpha(ball):
         state, scene, view.timesteps, view.viewmats, view.Ks, width=32, height=32, capacity=CAPACITY
     )
     assert int(overflow) == 0
-    from pointillist_jax.fitting.step import render
 
-    _, info = render(
-        state.params, state.binding, state.num, scene, view.timesteps, view.viewmats, view.Ks, 32, 32,
-        capacity=CAPACITY, sh_degree=0, background=0.0,
-    )  # fmt: skip
-    white = jnp.ones((state.bucket, 1))
-    covered, _ = render(
-        state.params, state.binding, state.num, scene, view.timesteps, view.viewmats, view.Ks, 32, 32,
-        capacity=CAPACITY, sh_degree=0, background=0.0, colors=white,
-    )  # fmt: skip
+    @jax.jit
+    def on_black(colors):
+        return render(
+            state.params, state.binding, state.num, scene, view.timesteps, view.viewmats, view.Ks, 32, 32,
+            capacity=CAPACITY, sh_degree=0, background=0.0, colors=colors,
+        )  # fmt: skip
+
+    covered, info = on_black(jnp.ones((state.bucket, 1)))
     weights = np.asarray(weights)
     assert weights.sum() == pytest.approx(float(covered.sum()), rel=1e-4)
     unseen = ~(np.asarray(info["radii"][0]) > 0).all(-1)
