@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,11 @@ def _inputs(dtype):
     return [np.asarray(x, dtype) for x in (means, quats, scales, opacities, *scenes.cameras(3, WIDTH, HEIGHT))]
 
 
+@functools.partial(jax.jit, static_argnames=("antialiased",))
+def _ours(means, quats, scales, opacities, viewmats, Ks, antialiased=False):
+    return projection.project(means, quats, scales, opacities, viewmats, Ks, WIDTH, HEIGHT, antialiased=antialiased)
+
+
 def _theirs(means, quats, scales, viewmats, Ks, **options):
     covars, _ = reference._quat_scale_to_covar_preci(quats, scales, compute_preci=False)
     return reference._fully_fused_projection(means, covars, viewmats, Ks, WIDTH, HEIGHT, **options)
@@ -30,7 +37,7 @@ def _theirs(means, quats, scales, viewmats, Ks, **options):
 @pytest.mark.parametrize("antialiased", [False, True])
 def test_values(antialiased):
     arrays = _inputs(np.float32)
-    ours = projection.project(*map(jnp.asarray, arrays), WIDTH, HEIGHT, antialiased=antialiased)
+    ours = _ours(*map(jnp.asarray, arrays), antialiased=antialiased)
     means, quats, scales, opacities, viewmats, Ks = (torch.tensor(x).double() for x in arrays)
     radii, means2d, depths, conics, compensations = _theirs(means, quats, scales, viewmats, Ks, calc_compensations=True)
     seen = np.asarray(ours.radii > 0).all(-1)
@@ -45,7 +52,7 @@ def test_values(antialiased):
 def test_radii_are_the_references_where_gaussians_are_opaque():
     means, quats, scales, opacities, viewmats, Ks = _inputs(np.float32)
     opacities = np.ones_like(opacities)
-    ours = projection.project(*map(jnp.asarray, (means, quats, scales, opacities, viewmats, Ks)), WIDTH, HEIGHT)
+    ours = _ours(*map(jnp.asarray, (means, quats, scales, opacities, viewmats, Ks)))
     theirs = _theirs(*(torch.tensor(x) for x in (means, quats, scales, viewmats, Ks)))[0].numpy()
     both = (np.asarray(ours.radii) > 0).all(-1) & (theirs > 0).all(-1)
     assert both.sum() > 50
@@ -62,12 +69,12 @@ def test_gradients():
         weights = [rng.normal(size=(3, 500, n)) for n in (2, 1, 3, 1)]
 
         def ours(*arrays):
-            p = projection.project(*arrays, WIDTH, HEIGHT, antialiased=True)
+            p = _ours(*arrays, antialiased=True)
             seen = jax.lax.stop_gradient(jnp.all(p.radii > 0, -1))[..., None]
             parts = (p.means2d, p.depths[..., None], p.conics, p.opacities[..., None])
             return sum(jnp.sum(jnp.where(seen, w * x, 0)) for w, x in zip(weights, parts, strict=True)), seen
 
-        gradients, seen = jax.grad(ours, argnums=range(6), has_aux=True)(*arrays)
+        gradients, seen = jax.jit(jax.grad(ours, argnums=range(6), has_aux=True))(*arrays)
         leaves = [torch.tensor(np.asarray(x)).requires_grad_(True) for x in arrays]
         means, quats, scales, opacities, viewmats, Ks = leaves
         _, means2d, depths, conics, compensations = _theirs(means, quats, scales, viewmats, Ks, calc_compensations=True)
@@ -95,13 +102,17 @@ def test_spherical_harmonics(degree):
     coefficients = rng.normal(size=(200, 16, 3)).astype(np.float32)
     leaves = [torch.tensor(x).double().requires_grad_(True) for x in (directions, coefficients)]
     theirs = reference._spherical_harmonics(degree, *leaves)
-    ours, pullback = jax.vjp(
-        lambda d, c: sh.spherical_harmonics(degree, d, c), jnp.asarray(directions), jnp.asarray(coefficients)
-    )
-    np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-5)
     weight = rng.normal(size=(200, 3)).astype(np.float32)
+
+    @jax.jit
+    def pull(directions, coefficients, weight):
+        ours, pullback = jax.vjp(lambda d, c: sh.spherical_harmonics(degree, d, c), directions, coefficients)
+        return ours, pullback(weight)
+
+    ours, pulled = pull(directions, coefficients, weight)
+    np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-5)
     expected = torch.autograd.grad((theirs * torch.tensor(weight)).sum(), leaves, allow_unused=True)
-    for mine, wanted in zip(pullback(jnp.asarray(weight)), expected, strict=True):
+    for mine, wanted in zip(pulled, expected, strict=True):
         wanted = 0 if wanted is None else wanted.numpy()  # degree 0 does not read the direction
         np.testing.assert_allclose(mine, wanted, atol=2e-5)
 
@@ -120,8 +131,8 @@ def test_tile_lists_are_those_of_gsplat():
     means[::9] = means[0]  # equal depths: ties must keep the input's order
     means[0] = 0
     arrays = tuple(map(jnp.asarray, (means, quats, scales, opacities, viewmats, Ks)))
-    p = jax.jit(lambda *a: projection.project(*a, WIDTH, HEIGHT))(*arrays)
-    bins = binning.bin_gaussians(p.means2d, p.radii, p.depths, WIDTH, HEIGHT, 20_000)
+    p = _ours(*arrays)
+    bins = jax.jit(binning.bin_gaussians, static_argnums=(3, 4, 5))(p.means2d, p.radii, p.depths, WIDTH, HEIGHT, 20_000)
     across, down = binning.tile_grid(WIDTH, HEIGHT)
     _, isect_ids, flatten_ids = reference._isect_tiles(
         *(torch.tensor(np.asarray(x)) for x in (p.means2d, p.radii, p.depths)), 16, across, down
