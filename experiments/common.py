@@ -26,6 +26,8 @@ def run(main: Callable[[], None]) -> None:
     def guarded(argv: list[str]) -> None:
         # absl shows INFO lines; JAX uses one per back end that this machine does not have.
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+        # Orbax reports every stage of every checkpoint through absl's own logger.
+        logging.getLogger("absl").setLevel(logging.WARNING)
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value (see --help).")

@@ -1,0 +1,141 @@
+"""The condition: a portrait and its tracked head → context tokens for cross-attention (paper §4.1; DESIGN §6).
+
+Portrait → DINOv2 (cls and patch tokens), points on the tracked head's surface → Michelangelo's encoder; both are
+projected to the transformer's width and concatenated. Token 0 of the point encoder (the whole shape) and the others
+(its parts) have a projection each, as the paper says.
+
+Encoders are frozen and their features computed once (`EncoderConfig.frozen`), or, at tiny size, trained along.
+
+Letters: B batch, D width, S context tokens = 1 + image patches + point queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from pointillist_jax.configs import EncoderConfig, ModelConfig
+from pointillist_jax.files import UserError
+from pointillist_jax.flame import FlameModel, FlameParams, flame_vertices
+from pointillist_jax.flame.surface_points import head_points
+from pointillist_jax.models.image_encoder import IMAGE_MEAN, IMAGE_STD, DinoV2, dinov2_param_specs
+from pointillist_jax.models.layers import Params, linear, linear_specs
+from pointillist_jax.models.point_encoder import PointEncoder, point_encoder_param_specs
+
+Features = Mapping[str, Array]
+
+
+def image_encoder(config: EncoderConfig, dtype: str = "float32") -> DinoV2:
+    """The image encoder a config names."""
+    if config.image == "tiny":
+        return DinoV2(width=64, layers=2, heads=2, image_size=config.image_size, dtype=dtype)
+    return DinoV2.from_name(config.image, dtype=dtype)
+
+
+def point_encoder(config: EncoderConfig, dtype: str = "float32") -> PointEncoder:
+    """The point encoder a config names. Raises UserError for an unknown one."""
+    if config.points == "tiny":
+        return PointEncoder(width=64, layers=2, heads=2, queries=17, frequencies=6, dtype=dtype)
+    if config.points == "michelangelo":
+        return PointEncoder(dtype=dtype)
+    raise UserError(f"no point encoder {config.points!r}; there are tiny and michelangelo.")
+
+
+def condition_specs(config: ModelConfig) -> dict[str, Any]:
+    """The trainable parameters: projections, and the encoders unless they are frozen."""
+    encoder, specs = config.encoder, {}
+    image, points = image_encoder(encoder), point_encoder(encoder)
+    axes = ("embed", "table_embed")
+    for name, width in (("image", image.width), ("shape", points.width), ("parts", points.width)):
+        specs[f"{name}_projection"] = linear_specs(width, config.width, axes)
+    if not encoder.frozen:
+        specs |= {"image_encoder": dinov2_param_specs(image), "point_encoder": point_encoder_param_specs(points)}
+    return specs
+
+
+def context_length(config: ModelConfig) -> int:
+    """S, for portraits of the configured size."""
+    image = image_encoder(config.encoder)
+    return 1 + (config.encoder.image_size // image.patch) ** 2 + point_encoder(config.encoder).queries
+
+
+def encode_features(
+    params: Params,
+    config: ModelConfig,
+    head: FlameModel,
+    portrait: UInt8[Array, "B h w 3"],
+    flame: Mapping[str, Float[Array, "B n"]],
+) -> dict[str, Array]:
+    """Runs both encoders: what is stored when they are frozen.
+
+    Args:
+      params: with `image_encoder` and `point_encoder`.
+      head: whose parameters `flame` holds.
+      portrait: resized to the configured size.
+      flame: name → coefficients of the portrait. Global rotation and translation are the camera's business and are
+        left out; they would carry the head out of the encoder's box.
+
+    Returns:
+      {"image": [B, 1 + T, Di] cls and patches, "points": [B, Q, Dp]}.
+    """
+    encoder = config.encoder
+    with jax.named_scope("encode_image"):
+        size = encoder.image_size
+        images = portrait.astype(jnp.float32) / 255
+        if images.shape[1:3] != (size, size):
+            images = jax.image.resize(images, (images.shape[0], size, size, 3), "cubic")
+        images = (images - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
+        seen = image_encoder(encoder, config.dtype).apply({"params": params["image_encoder"]}, images)
+        image = jnp.concatenate([seen["cls"][:, None], seen["patch_tokens"]], axis=1)
+    with jax.named_scope("encode_points"):
+        pose = FlameParams(**flame)
+        still = pose.replace(rotation=jnp.zeros_like(pose.rotation), translation=jnp.zeros_like(pose.translation))
+        cloud = head_points(head, flame_vertices(head, still), encoder.num_points)
+        points = point_encoder(encoder, config.dtype).apply({"params": params["point_encoder"]}, cloud)
+    return {"image": image, "points": points}
+
+
+def project_features(params: Params, config: ModelConfig, features: Features) -> Float[Array, "B S D"]:
+    """Encoders' features → context: three linear maps, concatenated."""
+    with jax.named_scope("project_condition"):
+        image, points = (features[name].astype(config.dtype) for name in ("image", "points"))
+        return jnp.concatenate(
+            [
+                linear(image, params["image_projection"]),
+                linear(points[:, :1], params["shape_projection"]),
+                linear(points[:, 1:], params["parts_projection"]),
+            ],
+            axis=1,
+        )
+
+
+def encode_condition(
+    params: Params,
+    config: ModelConfig,
+    head: FlameModel,
+    portrait: UInt8[Array, "B h w 3"],
+    flame: Mapping[str, Float[Array, "B n"]],
+    frozen: Params | None = None,
+) -> Float[Array, "B S D"]:
+    """Portrait and FLAME parameters → context, in the dtype of the computation.
+
+    Args:
+      params: as `condition_specs`.
+      frozen: the encoders' parameters where `params` has none; they get no gradients.
+
+    Raises:
+      UserError: frozen encoders without their parameters.
+    """
+    if not config.encoder.frozen:
+        return project_features(params, config, encode_features(params, config, head, portrait, flame))
+    if frozen is None:
+        raise UserError(
+            "the encoders are frozen, but their weights are not given: compute features first, or train them with "
+            "--config.model.encoder.frozen=false."
+        )
+    features = jax.lax.stop_gradient(encode_features(frozen, config, head, portrait, flame))
+    return project_features(params, config, features)
