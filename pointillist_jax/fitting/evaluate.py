@@ -21,9 +21,17 @@ _log = logging.getLogger(__name__)
 
 
 def render_views(
-    state: FitState, scene: Scene, views: Views, *, sh_degree: int = 0, background: float = 1.0, capacity: int = 1
+    state: FitState,
+    scene: Scene,
+    views: Views,
+    *,
+    sh_degree: int = 0,
+    background: float = 1.0,
+    capacity: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """Renders every view in turn: [H, W, 3] in [0, 1]. `capacity` is grown when it does not suffice."""
+    """Renders every view in turn: [H, W, 3] in [0, 1]. `capacity` is measured if None, grown if it does not suffice."""
+    if capacity is None:
+        capacity = measure_capacity(state, scene, views)
     for n in range(len(views)):
         width, height = (int(x) for x in views.sizes[n])
         while True:
@@ -46,7 +54,13 @@ def render_views(
 
 
 def evaluate(
-    state: FitState, scene: Scene, data: FitData, *, sh_degree: int = 0, background: float = 1.0, capacity: int = 1
+    state: FitState,
+    scene: Scene,
+    data: FitData,
+    *,
+    sh_degree: int = 0,
+    background: float = 1.0,
+    capacity: int | None = None,
 ) -> dict:
     """PSNR (dB), SSIM (zero padding, as the loss has it) and L1 of every view of every split, and their means."""
     out = {}

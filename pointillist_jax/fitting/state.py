@@ -145,7 +145,7 @@ def save_state(path: str | os.PathLike, state: FitState, extra: Mapping[str, Any
     trees = {"params": state.params, "mu": state.mu, "nu": state.nu}
     arrays = {f"{tree}.{key}": np.asarray(value) for tree, values in trees.items() for key, value in values.items()}
     arrays |= {key: np.asarray(getattr(state, key)) for key in _VECTORS}
-    arrays |= {"num": np.asarray(state.num), "step": np.asarray(state.step)}
+    arrays |= {"num": np.asarray(state.num)[None], "step": np.asarray(state.step)[None]}
     arrays["extra"] = np.frombuffer(json.dumps(extra, sort_keys=True).encode(), np.uint8)
     write_npz(path, arrays)
 
@@ -167,19 +167,19 @@ def load_state(path: str | os.PathLike, template: FitState) -> tuple[FitState, d
             shape = ("N", *value.shape[1:]) if key in RAW else value.shape
             specs[f"{tree}.{key}"] = ArraySpec(shape)
     specs |= {key: ArraySpec(("N",)) for key in _VECTORS if key != "binding"}
-    specs |= {"num": ArraySpec((), "int", low=1, high=_MAX_GAUSSIANS), "step": ArraySpec((), "int", low=0)}
+    specs |= {"num": ArraySpec((1,), "int", low=1, high=_MAX_GAUSSIANS), "step": ArraySpec((1,), "int", low=0)}
     arrays = read_npz(path, specs, "the checkpoint of a fit of this head with this configuration")
     try:
         extra = json.loads(arrays.pop("extra").astype(np.uint8).tobytes())
     except ValueError:
         raise FileFormatError(f"{path}: its record is not JSON; the file is damaged, start again.") from None
-    if not isinstance(extra, dict) or int(arrays["num"]) > len(arrays["binding"]):
+    if not isinstance(extra, dict) or int(arrays["num"][0]) > len(arrays["binding"]):
         raise FileFormatError(f"{path} contradicts itself; the file is damaged, start again.")
     trees = {
         tree: {key: jnp.asarray(arrays[f"{tree}.{key}"]) for key in template.params} for tree in ("params", "mu", "nu")
     }
     vectors = {key: jnp.asarray(arrays[key]) for key in _VECTORS}
-    state = FitState(**trees, **vectors, num=jnp.int32(arrays["num"]), step=jnp.int32(arrays["step"]))
+    state = FitState(**trees, **vectors, num=jnp.int32(arrays["num"][0]), step=jnp.int32(arrays["step"][0]))
     return state, extra
 
 
