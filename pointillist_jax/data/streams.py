@@ -149,6 +149,7 @@ class BatchIterator(grain.DatasetIterator):
     def __next__(self) -> dict[str, Any]:
         self._assert_not_closed()
         if self._next >= len(self._batches):
+            self._stop()
             raise StopIteration
         self.start_prefetch()
         batch = next(self._inner)
