@@ -39,6 +39,19 @@ def beard_tint(anatomy: Anatomy, points: SurfacePoints, traits: Traits) -> np.nd
     return strength * beard_weight(points.template, traits.beard) * (1 - lips)
 
 
+def brow_tint(points: SurfacePoints, traits: Traits) -> np.ndarray:
+    """[P] in [0, 1]: how much the brows' fine hair darkens the skin below them."""
+    across, _ = _brow_place(points.template)
+    soft = smoothstep(np.abs(across) / traits.brow_thickness, 1.25, 0.5)
+    return 0.5 * soft * (points.template[:, 2] > 0.02)
+
+
+def brow_color(traits: Traits) -> np.ndarray:
+    """[3] a little darker than the head's hair, much darker than fair hair."""
+    color = np.array(traits.hair_rgb) * (0.62 if max(traits.hair_rgb) > 0.35 else 0.85)
+    return 0.8 * color + 0.2 * np.array(traits.skin_color) * 0.4
+
+
 def beard_faces(anatomy: Anatomy, traits: Traits) -> np.ndarray:
     """[F] bool: faces that carry this person's beard."""
     corners = anatomy.template[anatomy.faces]
@@ -116,10 +129,9 @@ def brow_splats(
     direction = direction + 0.12 * rng.normal(size=(num, 3))
     length = 0.0068 * rng.uniform(0.7, 1.1, num) * (1 - 0.4 * np.abs(across)) * anatomy.unit
     points = grow(collider, roots.positions, direction, length, np.full(num, 7e-4), 2, rise=1)
-    color = np.array(traits.hair_rgb) * (0.62 if max(traits.hair_rgb) > 0.35 else 0.85)
-    color = 0.8 * color + 0.2 * np.array(traits.skin_color) * 0.4
-    strands = Strands(points, roots.faces, 0.42e-3 / np.sqrt(density) * np.ones(num), np.ones((num, 3)))
-    return [strand_splats(strands, color, "brow", rng, variation=0.15, shine=0.02, opacity=0.62, flat=0.7, tip=0.6)]
+    color = brow_color(traits)
+    strands = Strands(points, roots.faces, 0.48e-3 / np.sqrt(density) * np.ones(num), np.ones((num, 3)))
+    return [strand_splats(strands, color, "brow", rng, variation=0.15, shine=0.02, opacity=0.55, flat=0.7, tip=0.6)]
 
 
 def lash_splats(
@@ -151,7 +163,7 @@ def lash_splats(
             rows = np.flatnonzero(own & ((height > line) == upper))
             if not len(rows):
                 continue
-            num = max(6, int((44 if upper else 12) * np.sqrt(density)))
+            num = max(6, int((26 if upper else 7) * np.sqrt(density)))
             pick = rng.choice(rows, num, p=lengths[rows] / lengths[rows].sum())
             share = rng.random((num, 1))
             roots = share * ends[pick, 0] + (1 - share) * ends[pick, 1]
@@ -160,7 +172,7 @@ def lash_splats(
                 [0.5 * np.sign(roots[:, :1]), np.full((num, 1), 0.25 if upper else -0.5), np.full((num, 1), 0.3)],
                 axis=1,
             )
-            size = (0.0052 if upper else 0.0026) * anatomy.unit * rng.uniform(0.75, 1.1, (num, 1))
+            size = (0.0042 if upper else 0.0020) * anatomy.unit * rng.uniform(0.75, 1.1, (num, 1))
             steps = np.array([0, 0.4, 0.75, 1.0])[None, :, None]
             bend = np.array([0.0, 1.0 if upper else -0.5, 0.0])
             points = roots[:, None] + size[:, None] * (
@@ -168,7 +180,7 @@ def lash_splats(
             )
             strands.append(Strands(points, edges[pick, 2], np.full(num, 0.14e-3), np.full((num, 4), 0.8)))
     color = np.minimum(np.array(traits.hair_rgb) * 0.4, 0.12)
-    return [strand_splats(s, color, "lash", rng, shine=0.0, opacity=0.5, flat=0.8, tip=0.5) for s in strands]
+    return [strand_splats(s, color, "lash", rng, shine=0.0, opacity=0.42, flat=0.8, tip=0.5) for s in strands]
 
 
 def _roots(anatomy, vertices, traits, spacing, rng) -> SurfacePoints:

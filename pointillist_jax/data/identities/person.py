@@ -85,6 +85,7 @@ def sample_identity(
     for tint, rgb in (
         (hair.scalp_tint(anatomy, points, traits), np.array(traits.hair_rgb) * 0.55),
         (facial_hair.beard_tint(anatomy, points, traits), np.array(traits.beard_rgb) * 0.8),
+        (facial_hair.brow_tint(points, traits), facial_hair.brow_color(traits)),
         # What little skin shows between threads at the collar must not look like a hole in it.
         (accessories.below_neckline(points.template, traits.clothing) > 5e-4, np.array(traits.clothing_rgb) * 0.8),
     ):

@@ -122,7 +122,7 @@ def head_splats(anatomy: Anatomy, points: SurfacePoints, colors: np.ndarray, tra
     lit = np.where(inside[:, None], colors * (0.45 + 0.5 * light)[:, None], lit)
     splats = []
     for part, rows in (("skin", ~(inside | teeth | tongue)), ("mouth", inside | tongue), ("teeth", teeth)):
-        splats.append(discs(points.take(rows), lit[rows], part, spread=0.86 if part == "skin" else 0.7))
+        splats.append(discs(points.take(rows), lit[rows], part, spread=0.86))
     return splats
 
 
