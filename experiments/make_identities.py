@@ -11,6 +11,7 @@ missing ones, with the same bytes. `--timesteps=0` makes no captures, only peopl
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import re
@@ -68,6 +69,10 @@ def main() -> None:
     workdir = Path(WORKDIR.value)
     if SHARD.value >= NUM_SHARDS.value:
         raise UserError(f"--shard={SHARD.value} must be less than --num_shards={NUM_SHARDS.value}.")
+    if TIMESTEPS.value == 1:
+        raise UserError("--timesteps=1 leaves nothing to test on; give 0 for no captures, or at least 2.")
+    if OVERWRITE.value and NUM_SHARDS.value > 1:
+        raise UserError("--overwrite in one shard would delete the people of the others; empty --workdir first.")
     job = Job(SEED.value, TIMESTEPS.value, SIZE.value, PORTRAIT.value, DETAIL.value, FLAME.value, CONFIG().identities)
     head = describe_head(job)
     prepare(workdir, {**dataclasses.asdict(job), "head": head})
@@ -94,7 +99,10 @@ def main() -> None:
 
 
 def prepare(workdir: Path, settings: dict[str, Any]) -> None:
-    """Creates the folder or checks that it may be continued; raises UserError otherwise."""
+    """Creates the folder or checks that it may be continued; raises UserError otherwise.
+
+    Shards of one job share the folder, so the later ones find it in use.
+    """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; name a folder.")
     if RESUME.value and OVERWRITE.value:
@@ -152,22 +160,25 @@ def make_all(workdir: Path, subjects: list[str], job: Job) -> None:
     bar.close()
 
 
-# What a worker keeps between people: the head, its anatomy, compiled programs. A cache, not state.
-_WORKER: dict[Job, tuple] = {}
+@functools.lru_cache(maxsize=1)
+def _studio(job: Job) -> tuple:
+    """What a process keeps between people: the head, its anatomy, and the renderer with its compiled programs."""
+    from pointillist_jax.data.capture_writer import FrameRenderer
+    from pointillist_jax.data.identities import study
+
+    model = _model(job)
+    return model, study(model), FrameRenderer(model)
 
 
 def make_person(workdir: str, subject: str, job: Job) -> None:
     """Writes one person's folder, complete or not at all."""
     from pointillist_jax.cameras import orbit
-    from pointillist_jax.data.capture_writer import FrameRenderer, capture_rig, write_capture
+    from pointillist_jax.data.capture_writer import capture_rig, write_capture
     from pointillist_jax.data.fits import save_fit
-    from pointillist_jax.data.identities import HAIR_STYLES, portrait_params, random_motion, sample_identity, study
+    from pointillist_jax.data.identities import HAIR_STYLES, portrait_params, random_motion, sample_identity
     from pointillist_jax.flame.param_files import save_flame_params
 
-    if job not in _WORKER:
-        model = _model(job)
-        _WORKER[job] = (model, study(model), FrameRenderer(model))
-    model, anatomy, render = _WORKER[job]
+    model, anatomy, render = _studio(job)
     number = int(subject.split("_")[1])
     seed = int(np.random.SeedSequence([job.seed, number]).generate_state(1)[0])
     # Every six people wear all six hair styles, so that small populations are varied too.
