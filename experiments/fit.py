@@ -18,7 +18,9 @@ import json
 import multiprocessing
 import shutil
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -163,33 +165,75 @@ def _is_ours(name: str) -> bool:
 
 def fit_all(jobs: list[Job]) -> list[tuple[str, str]]:
     """Fits every job; returns (name, what was wrong) of those that could not be."""
-    failed = []
     if PROCESSES.value == 1 or len(jobs) < 2:
+        said = {}
         for job in jobs:
-            if said := fit_job(job):
-                failed.append((job.name, said))
-        return failed
-    # JAX must not be forked: workers start afresh. The bar counts finished subjects; a worker's own would overwrite it.
+            bar = tqdm(total=job.config.iterations, desc=job.name, unit="it")
+            said[job.name] = fit_job(job, _Progress(bar))
+            bar.close()
+        return [(name, sentence) for name, sentence in said.items() if sentence]
+    # JAX must not be forked: workers start afresh, and send their progress to the one bar that all share.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(PROCESSES.value, len(jobs)), mp_context=context) as pool:
-        futures = {pool.submit(fit_job, job, False): job for job in jobs}
-        bar = tqdm(as_completed(futures), total=len(jobs), desc="fit", unit="person")
-        for future in bar:
-            if said := future.result():
-                failed.append((futures[future].name, said))
-    return failed
+    bar = tqdm(total=sum(job.config.iterations for job in jobs), desc=f"{len(jobs)} fits", unit="it")
+    with context.Manager() as manager, ProcessPoolExecutor(PROCESSES.value, mp_context=context) as pool:
+        news = manager.Queue()
+        futures = {pool.submit(fit_job, job, _Messages(job.name, news)): job for job in jobs}
+        at = dict.fromkeys((job.name for job in jobs), 0)
+        waiting = set(futures)
+        while waiting:
+            _, waiting = wait(waiting, timeout=0.5)
+            while not news.empty():
+                name, iteration, figures = news.get()
+                at[name] = iteration
+                bar.set_postfix_str(f"{name} {_said(figures)}", refresh=False)
+            bar.update(sum(at.values()) - bar.n)
+        bar.close()
+        try:
+            return [(job.name, said) for future, job in futures.items() if (said := future.result())]
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, probably for lack of memory; go on with --resume and fewer --processes."
+            ) from None
 
 
-def fit_job(job: Job, show: bool = True) -> str | None:
+class _Progress:
+    """Shows a fit on a bar."""
+
+    def __init__(self, bar: tqdm):
+        self._bar = bar
+
+    def __call__(self, iteration: int, figures: dict[str, Any]) -> None:
+        if self._bar.n == 0:  # What was done before a resume took no time now.
+            self._bar.initial = self._bar.n = iteration - 1
+        self._bar.set_postfix_str(_said(figures), refresh=False)
+        self._bar.update(iteration - self._bar.n)
+
+
+class _Messages:
+    """Sends every tenth iteration of a fit to the process that holds the bar."""
+
+    def __init__(self, name: str, queue: Any):
+        self._name, self._queue = name, queue
+
+    def __call__(self, iteration: int, figures: dict[str, Any]) -> None:
+        if iteration % 10 == 0:
+            self._queue.put((self._name, iteration, figures))
+
+
+def _said(figures: dict[str, Any]) -> str:
+    return f"{figures['train_psnr']:.1f} dB, {figures['gaussians']} Gaussians"
+
+
+def fit_job(job: Job, progress: Callable[[int, dict[str, Any]], None]) -> str | None:
     """Fits one subject and writes its folder; returns a sentence if the user has to mend something."""
     try:
-        _fit_job(job, show)
+        _fit_job(job, progress)
     except (UserError, FileNotFoundError) as error:
         return str(error)
     return None
 
 
-def _fit_job(job: Job, show: bool) -> None:
+def _fit_job(job: Job, progress: Callable[[int, dict[str, Any]], None]) -> None:
     from pointillist_jax.data.captures import load_capture
     from pointillist_jax.data.fits import save_fit
     from pointillist_jax.fitting import FitData, evaluate, fit
@@ -205,14 +249,7 @@ def _fit_job(job: Job, show: bool) -> None:
     checkpoint = folder / "checkpoint.npz"
 
     start = time.perf_counter()
-    bar = tqdm(total=config.iterations, desc=job.name, unit="it", disable=not show)
-
-    def progress(iteration: int, figures: dict[str, Any]) -> None:
-        bar.update(iteration - bar.n)
-        bar.set_postfix(psnr=f"{figures['train_psnr']:.1f}", gaussians=figures["gaussians"], refresh=False)
-
     result = fit(data, model, config, checkpoint=checkpoint, progress=progress)
-    bar.close()
     fitted = time.perf_counter() - start
     save_fit(folder / f"point_cloud/iteration_{config.iterations}", result.gaussians, result.params, model)
 
