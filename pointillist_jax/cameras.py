@@ -60,7 +60,7 @@ class Frame:
     """One entry of a transforms.json (facts/avatars_gsplat.md A.8).
 
     Attributes:
-      camera: its view, with the frame's own intrinsics.
+      camera: its view, with the frame's own intrinsics; NumPy arrays.
       image_path, mask_path, flame_param_path: absolute or relative to the working directory; None where the file has no
         such key. They are not opened here and may not exist.
       timestep_index, camera_index: as stored, or 0.
@@ -235,9 +235,10 @@ def _frame(path: Path, index: int, frame: Any, top: dict[str, Any], cy_from_bott
     if image is None:
         raise FileFormatError(f"{where}: file_path is missing; add it.")
     matrix = _pose(where, frame.get("transform_matrix"))
+    # NumPy: a capture has tens of thousands of frames, and making device arrays takes longer than reading the file.
     camera = Camera(
-        viewmats=jnp.asarray(np.linalg.inv(matrix @ _GL_TO_CV), jnp.float32),
-        Ks=jnp.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], jnp.float32),
+        viewmats=np.linalg.inv(matrix @ _GL_TO_CV).astype(np.float32),
+        Ks=np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], np.float32),
         width=int(width),
         height=int(height),
     )
