@@ -28,7 +28,7 @@ from tqdm import tqdm
 from experiments.common import alternate, json_line, run
 from experiments.random_flame import write_flame
 from pointillist_jax.configs import PRESETS, Config, preset
-from pointillist_jax.data.streams import BatchIterator, to_device
+from pointillist_jax.data.streams import BatchIterator
 from pointillist_jax.data.subjects import subject_record
 from pointillist_jax.data.token_store import FLAME_FIELDS, StoreSpec, StoreWriter, SubjectRecord, TokenStore, open_store
 from pointillist_jax.data.windows import window_batches
@@ -148,7 +148,7 @@ def take(stream: BatchIterator, count: int) -> None:
     for _ in range(count):
         # The batch before has to be there before this one is handed over, as in a training loop.
         jax.block_until_ready(on_device)
-        on_device = to_device(next(stream))
+        on_device = jax.device_put(next(stream))
     jax.block_until_ready(on_device)
 
 
@@ -163,7 +163,7 @@ def training_case(store: TokenStore, config: Config) -> tuple[int, Callable[[], 
     model = config.model.for_tokenizer(store.tokenizer)
     settings = dataclasses.replace(config.train, batch_size=BATCH.value)
     window = min(model.window, int(store.lengths.max()) // 4 * 4)
-    batch = to_device(next(iter(window_batches(store, window=window, batch_size=BATCH.value))))
+    batch = jax.device_put(next(iter(window_batches(store, window=window, batch_size=BATCH.value))))
     batch["context"] = jax.random.normal(jax.random.key(1), (BATCH.value, CONTEXT, model.width), jnp.float32)
 
     def loss_fn(params, batch, key):

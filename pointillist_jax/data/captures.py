@@ -184,7 +184,7 @@ def load_capture(
     files = {f.flame_param_path: f.timestep_index for split in frames.values() for f in split if f.flame_param_path}
     files = dict(sorted(files.items(), key=lambda item: (item[1], str(item[0]))))
     params = _load_params(files, model, identity, problems)
-    canonical = _load_canonical(root / "canonical_flame_param.npz", model, params, problems)
+    canonical = _load_canonical(root / "canonical_flame_param.npz", model, params, identity, problems)
     _check_images([f for split in frames.values() for f in split], problems)
     if problems:
         raise CaptureError(root, problems)
@@ -280,7 +280,9 @@ def _load_params(files: Iterable[Path], model: FlameModel, identity: str, proble
     return jax.tree.map(jnp.asarray, loaded[0].replace(**fields))
 
 
-def _load_canonical(path: Path, model: FlameModel, params: FlameParams | None, problems: list[str]):
+def _load_canonical(
+    path: Path, model: FlameModel, params: FlameParams | None, identity: str, problems: list[str]
+) -> FlameParams | None:
     try:
         canonical = load_flame_params(path, model)
     except (UserError, OSError) as error:
@@ -290,7 +292,7 @@ def _load_canonical(path: Path, model: FlameModel, params: FlameParams | None, p
         problems.append(f"{path} holds {timesteps} timesteps, expected the one canonical pose.")
         return None
     for name in ("shape", "static_offset"):
-        if params is not None and not _same(getattr(params, name), getattr(canonical, name)):
+        if params is not None and identity == "check" and not _same(getattr(params, name), getattr(canonical, name)):
             problems.append(f"{path}: {name} differs from the one of the timesteps; export the canonical pose again.")
     return canonical.replace(**{name: getattr(canonical, name)[0] for name in _PER_TIMESTEP})
 

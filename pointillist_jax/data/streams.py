@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import grain
-import jax
 import numpy as np
 from absl import flags
 
@@ -226,20 +225,6 @@ class _Share(grain.MapDataset):
         record = batch * self._batch_size + self._first + row
         # A Grain dataset goes on into the next epoch when it is read past its end.
         return self._parent[record] if record < len(self._parent) else self._empty
-
-
-def to_device(batch: Mapping[str, Any], shardings: Any = None) -> Any:
-    """A batch as JAX arrays: on the default device, or assembled from all processes' rows by `shardings`.
-
-    Args:
-      batch: this process's rows.
-      shardings: a sharding for every leaf, or a tree of them; the first axis is the batch.
-    """
-    if shardings is None:
-        return jax.device_put(batch)
-    if isinstance(shardings, jax.sharding.Sharding):
-        shardings = jax.tree.map(lambda _: shardings, batch)
-    return jax.tree.map(jax.make_array_from_process_local_data, shardings, batch)
 
 
 def prefix_sums(counts: np.ndarray) -> np.ndarray:

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pointillist_jax.data.streams import to_device
 from pointillist_jax.data.windows import WindowSource, split_subjects, window_batches
 from pointillist_jax.files import UserError
 from tests.data.stores import TOKENIZER, MemoryStore, write_store
@@ -259,13 +258,3 @@ def test_held_out_subjects(n, data, seed):
     assert set(split_subjects(names[::-1], held, seed)[1]) == set(out)
     with pytest.raises(UserError, match="at least one"):
         split_subjects(names, n, seed)
-
-
-def test_to_device_assembles_a_sharded_batch(rng):
-    batch = next(iter(window_batches(MemoryStore(rng, [30]), window=8, batch_size=4, condition=("flame",))))
-    on_device = to_device(batch)
-    equal(jax.tree.map(np.asarray, on_device), batch)
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharded = to_device(batch, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
-    assert sharded["tokens"].sharding.spec == jax.sharding.PartitionSpec("data")
-    equal(jax.tree.map(np.asarray, sharded), batch)
