@@ -37,7 +37,7 @@ STOP = 1e-4  # a pixel stops before the Gaussian that would bring its transmitta
 _GROUP = 64
 _CHUNK = 4
 _BACK_GROUP = 32
-_BACK_CHUNK = 8
+_BACK_CHUNK = 4
 _NEVER = -1e4  # log-alpha of a Gaussian that does not touch the pixel; its exponential is 0
 _HEAD = 6  # leading columns of a packed row: mean x, y, conic xx, xy, yy, log opacity; colours follow
 # In the table that the loops read, the conic is (xx/2, xy/xx, (yy − xy²/xx)/2), see `_table`.
@@ -193,12 +193,12 @@ def _forward_group(static: _Static, table: jax.Array, bins: Bins, group: _Groups
 def _backward_group(static, table, bins, gradient, group, light, blended_to, cotangent):
     """Adds one group's gradients to `gradient` [C·G, 6 + X (+ 2)] and returns it.
 
-    With B the colour behind Gaussian k as seen through it (already dotted with the pixel's cotangent) and g·c its own:
-    dL/dalpha = T (g·c − B), and the next B, in front of it, is B + alpha (g·c − B).
+    With g·c a Gaussian's colour dotted with the pixel's cotangent and Z the sum of T alpha g·c over all that lies
+    behind it (last, the transmittance): −dL/dsigma = alpha dL/dalpha = T alpha g·c − Z alpha / (1 − alpha).
     """
     X = table.shape[1] - _HEAD
     px, py = _pixel_centres(group.origins)
-    color_cotangents, behind = cotangent[:X], cotangent[X]  # what lies behind the last Gaussian is the transmittance
+    color_cotangents, behind = cotangent[:X], cotangent[X] * light
     # Beyond the clamp the gradient is zero; a hair below it, because exp(log(max_alpha)) is not max_alpha to the bit.
     clamped = static.max_alpha * (1 - 4 * float(jnp.finfo(table.dtype).eps))
 
@@ -208,20 +208,22 @@ def _backward_group(static, table, bins, gradient, group, light, blended_to, cot
         inside = k + jnp.arange(_BACK_CHUNK, dtype=jnp.int32)[:, None, None] < blended_to[None]
         alphas = _alphas(static, rows, px, py, inside)
 
-        def one(carry, xs):
-            light, behind = carry
-            alpha, color = xs
-            light = light / (1 - alpha)
-            seen = sum(color[:, c, None] * color_cotangents[c] for c in range(X))
-            change = alpha * (seen - behind)
-            return (light, behind + change), (light * change, light * alpha)
-
-        # A loop and not an unrolled chain: its outputs are buffers, so that the ten sums below read them instead of
-        # recomputing the whole chain ten times.
-        (light, behind), (falls, weights) = lax.scan(one, (light, behind), (alphas, rows[..., _HEAD:]), reverse=True)
-        falls = jnp.where(alphas < clamped, falls, 0.0)  # −dL/dsigma, [U, S, P]
+        # The divisions are where XLA cuts: it computes what ends in one once and stores it, while it would repeat a
+        # chain of cheaper operations in each of its readers. Matrix products, too, read buffers.
+        kept = jnp.ones_like(light)
+        weights, parts, falls = ([None] * _BACK_CHUNK for _ in range(3))
+        for u in reversed(range(_BACK_CHUNK)):
+            kept = kept * (1 - alphas[u])
+            seen = sum(rows[u, :, _HEAD + c, None] * color_cotangents[c] for c in range(X))
+            weights[u] = light * alphas[u] / kept
+            parts[u] = seen * (light * alphas[u]) / kept
+        for u in reversed(range(_BACK_CHUNK)):
+            fall = parts[u] - behind * alphas[u] / (1 - alphas[u])
+            falls[u] = jnp.where(alphas[u] < clamped, fall, 0.0)  # −dL/dsigma, [S, P]
+            behind = behind + parts[u]
+        light = light / kept
         sums = _geometry_sums(static, rows, px, py, falls)
-        of_colors = jnp.einsum("usp,xsp->usx", weights, color_cotangents, precision=lax.Precision.HIGHEST)
+        of_colors = jnp.einsum("sup,xsp->usx", jnp.stack(weights, 1), color_cotangents, precision=lax.Precision.HIGHEST)
         update = jnp.concatenate([jnp.stack(sums[:_HEAD], -1), of_colors, *(x[..., None] for x in sums[_HEAD:])], -1)
         gradient = gradient.at[ids].add(update, mode="promise_in_bounds")
         return k - _BACK_CHUNK, light, behind, gradient
@@ -231,15 +233,17 @@ def _backward_group(static, table, bins, gradient, group, light, blended_to, cot
     return lax.while_loop(lambda state: state[0] >= 0, blend_back, state)[3]
 
 
-def _geometry_sums(static: _Static, rows, px, py, falls) -> list[jax.Array]:
+def _geometry_sums(static: _Static, rows, px, py, falls: list[jax.Array]) -> list[jax.Array]:
     """Sums over the pixels of a tile, each [U, S]: d mean x, y, conic xx, xy, yy, log opacity (, |d mean| x, y)."""
-    U, S, _ = falls.shape
+    S = falls[0].shape[0]
     mean_x, mean_y, half_xx, slope, half_rest = (rows[..., i] for i in range(5))
     # Moments 1, x, y, xx, xy, yy of each quadrant about its own centre by one matrix product, then moved to the mean.
     # About the tile's centre float32 would lose a small Gaussian's second moments in the difference.
-    x, y = (jnp.asarray(v[:_BLOCK] - (_SIDE - 1) / 2, falls.dtype) for v in (_PIXEL_X, _PIXEL_Y))
+    x, y = (jnp.asarray(v[:_BLOCK] - (_SIDE - 1) / 2, rows.dtype) for v in (_PIXEL_X, _PIXEL_Y))
     basis = jnp.stack([jnp.ones_like(x), x, y, x * x, x * y, y * y], -1)
-    moments = jnp.dot(falls.reshape(-1, _BLOCK), basis, precision=lax.Precision.HIGHEST).reshape(U, S, -1, 6)
+    basis = jnp.pad(basis, ((0, 0), (0, 2)))  # a product of eight columns is faster on CPU than one of six
+    highest = lax.Precision.HIGHEST
+    moments = jnp.stack([jnp.dot(f.reshape(-1, _BLOCK), basis, precision=highest).reshape(S, -1, 8) for f in falls])
     centre_x, centre_y = (v[:, ::_BLOCK] + (_SIDE - 1) / 2 for v in (px, py))
     to_x, to_y = mean_x[..., None] - centre_x, mean_y[..., None] - centre_y
     n, nx, ny, nxx, nxy, nyy = (moments[..., i] for i in range(6))
@@ -251,6 +255,7 @@ def _geometry_sums(static: _Static, rows, px, py, falls) -> list[jax.Array]:
     slope_x = 2 * half_xx * (mx + slope * my)
     sums = [-slope_x, -(slope * slope_x + 2 * half_rest * my), -0.5 * mxx, -mxy, -0.5 * myy, m]
     if static.absgrad:
+        falls = jnp.stack(falls)
         half_xx, slope, half_rest = half_xx[..., None], slope[..., None], half_rest[..., None]
         full_dy = mean_y[..., None] - py
         slope_x = 2 * half_xx * (mean_x[..., None] - px + slope * full_dy)
