@@ -135,8 +135,8 @@ def _plain_names(state: Mapping[str, Any]) -> dict[str, Any]:
     if len(found) != 1:
         shown = ", ".join(name[:60] for name in (found or list(state))[:6]) or "nothing"
         raise FileFormatError(
-            f"the state dict has {len(found)} class tokens where DINOv2 has one (found: {shown}); is it a checkpoint of "
-            "another model, or of several?"
+            f"the state dict has {len(found)} class tokens where DINOv2 has one (found: {shown}); is it a checkpoint "
+            "of another model, or of several?"
         )
     prefix = found[0].removesuffix("cls_token").removesuffix("embeddings.")
     plain = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -171,8 +171,8 @@ def _infer(state: Mapping[str, Any], names: Mapping[str, tuple[str, ...]]) -> Di
     layers = 1 + max((int(m[1]) for name in state if (m := re.fullmatch(pattern, name))), default=0)
     if 1 + grid * grid != rows or not 0 < grid <= _MAX_SIDE or side > _MAX_SIDE or layers > _MAX_LAYERS:
         raise FileFormatError(
-            f"the state dict of DINOv2 has {rows} positions, {layers} layers and patches of {side} pixels; positions must "
-            f"be one more than a square, layers at most {_MAX_LAYERS}: is it a checkpoint of another model?"
+            f"the state dict of DINOv2 has {rows} positions, {layers} layers and patches of {side} pixels; positions "
+            f"must be one more than a square, layers at most {_MAX_LAYERS}: is it a checkpoint of another model?"
         )
     fused = [key.format(0) + ".weight" for key in names["swiglu_up"]]
     return DinoV2(

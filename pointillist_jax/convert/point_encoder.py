@@ -81,12 +81,12 @@ def _encoder_names(state: Mapping[str, Any]) -> dict[str, Any]:
     found = [name for name in state if re.search(r"(^|\.)encoder\.query$", name)] or [n for n in state if n == "query"]
     # A file may hold several encoders with learned queries; Michelangelo's lies in its shape model.
     shape_models = [name for name in found if "shape_model." in name]
-    found = shape_models if len(found) > 1 else found
+    found = shape_models or found
     if len(found) != 1:
         shown = ", ".join(name[:60] for name in list(state)[:6]) or "nothing"
         raise FileFormatError(
-            f"the state dict has {len(found)} tensors encoder.query where Michelangelo's point encoder has one (it begins "
-            f"with {shown}); is it a checkpoint of another model?"
+            f"the state dict has {len(found)} tensors encoder.query where Michelangelo's point encoder has one (it "
+            f"begins with {shown}); is it a checkpoint of another model?"
         )
     prefix = found[0].removesuffix("query")
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

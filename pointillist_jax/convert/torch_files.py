@@ -109,8 +109,8 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     except Exception as error:  # Damaged pickles and archives raise nearly anything.
         if name := _refused(error):
             raise UnsafeFileError(
-                f"{path} holds more than tensors ({name}), which could run code; nothing was executed: if you trust it, "
-                "open it where that does no harm and save its state_dict alone."
+                f"{path} holds more than tensors ({name}), which could run code; nothing was executed: if you trust "
+                "it, open it where that does no harm and save its state_dict alone."
             ) from None
         raise FileFormatError(
             f"{path} is damaged or no PyTorch checkpoint ({_reason(error)}); copy it again."

@@ -96,8 +96,8 @@ def head_points(
     vertices = jnp.asarray(vertices)
     if vertices.ndim < 2 or vertices.shape[-2:] != model.v_template.shape:
         raise UserError(
-            f"vertices have shape {vertices.shape}, but {model.source or 'the model'} has {model.num_vertices}: expected "
-            f"[..., {model.num_vertices}, 3]."
+            f"vertices have shape {vertices.shape}, but {model.source or 'the model'} has {model.num_vertices}: "
+            f"expected [..., {model.num_vertices}, 3]."
         )
     table = surface_points(model, num_points) if table is None else table
     with jax.named_scope("head_points"):

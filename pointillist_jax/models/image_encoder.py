@@ -48,8 +48,8 @@ NAMES = tuple(f"{name}{suffix}" for name in _SIZES for suffix in ("", "_reg"))
 class DinoV2(nn.Module):
     """A DINOv2 vision transformer; `DinoV2.from_name("vitl14_reg")` or any size of one's own.
 
-    `init(key, images)` gives parameters boxed with logical axes (`sharding.shardings_for`), `nn.unbox` makes them plain,
-    and `convert.dinov2_from_torch` reads published ones. Layers are stored stacked and run by a scan.
+    `init(key, images)` gives parameters boxed with logical axes (`sharding.shardings_for`), `nn.unbox` makes them
+    plain, and `convert.dinov2_from_torch` reads published ones. Layers are stored stacked and run by a scan.
 
     Attributes:
       width, layers, heads: of the transformer; published models have heads of 64.

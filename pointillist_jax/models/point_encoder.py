@@ -1,6 +1,7 @@
-"""Michelangelo's point encoder, a perceiver (facts/encoders_and_metrics.md 2; DESIGN §6): what a head mesh is turned into.
+"""Michelangelo's point encoder, a perceiver: what a head mesh is turned into.
 
-Written from the facts alone: the original code is GPL-3.0, and users bring its weights themselves.
+Written from facts/encoders_and_metrics.md 2 alone (DESIGN §6): the original code is GPL-3.0, and users bring the
+weights themselves.
 
 Letters: B batch, P points, Q queries, D width, F feed-forward, N heads, H head dim, L layers, I input features.
 """
@@ -31,9 +32,10 @@ NORM_EPS = 1e-5  # PyTorch's default, not DINOv2's 1e-6.
 
 
 class PointEncoder(nn.Module):
-    """Learned queries read a cloud of oriented points. The defaults are Michelangelo's "shapevae-256" (64 M parameters).
+    """Learned queries read a cloud of oriented points; the defaults are Michelangelo's "shapevae-256" (64 M).
 
-    `init(key, points)` gives parameters boxed with logical axes; `convert.point_encoder_from_torch` reads published ones.
+    `init(key, points)` gives parameters boxed with logical axes; `convert.point_encoder_from_torch` reads published
+    ones.
     The result does not depend on the order of the points, whose number is free.
 
     Attributes:
