@@ -1,14 +1,19 @@
 """The main job, end to end, with everything that exists so far. It grows with the project.
 
-    python -m experiments.quickstart [--workdir=outputs/quickstart] [--smoke]
+    python -m experiments.quickstart [--workdir=outputs/quickstart] [--flame=flame2023.pkl] [--smoke]
 
-A head model → a random person's Gaussians, bound to its faces (GaussianAvatars' files) → one token sequence and back →
-a rigged avatar bundle → a talking, turning head, splatted. Needs no GPU, no torch and no files of the user's.
+Synthetic people photographed from sixteen sides → one of them fitted with Gaussians bound to a head's faces → everyone
+as a token sequence → a minute's training of the transformer that is to write such sequences → the fitted person as a
+rigged avatar that turns and talks. Each step is a script of its own: the command is printed, and can be run by itself
+on your own captures. Needs no GPU, no torch and no files of the user's.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,141 +24,111 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.common import run
+from experiments.heads import choose_head
 from experiments.media import write_image, write_video
 from experiments.motions import turn_and_talk
-from experiments.pictures import BACKGROUND, contact_sheet, head_colors, head_sheet
+from experiments.pictures import BACKGROUND, contact_sheet, head_sheet
 from pointillist_jax.cameras import orbit
-from pointillist_jax.data.fits import load_fit, save_fit
-from pointillist_jax.files import UserError, write_npz
-from pointillist_jax.flame import (
-    FlameModel,
-    FlameParams,
-    animate,
-    bind_points,
-    face_frames,
-    flame_vertices,
-    global_to_local,
-    load_flame,
-    open_head,
-)
-from pointillist_jax.flame.rotations import rotation_to_quat
+from pointillist_jax.data.fits import load_fit
+from pointillist_jax.files import UserError
+from pointillist_jax.flame import FlameModel, FlameParams, animate, bind_points, open_head
 from pointillist_jax.gaussians import Avatar, Gaussians, load_avatar, save_avatar, save_ply
 from pointillist_jax.tokens import PointTokenizer
 from renderer_bridge import rasterize
 
 WORKDIR = flags.DEFINE_string("workdir", "outputs/quickstart", "Where to write; files of an earlier run are replaced.")
 FLAME = flags.DEFINE_string("flame", None, "Your FLAME .pkl; the embedded open head if not given.")
-POINTS = flags.DEFINE_integer("points", 20_000, "Gaussians of the person.", lower_bound=1)
+PEOPLE = flags.DEFINE_integer("people", 8, "Synthetic people.", lower_bound=3, upper_bound=1000)
 FRAMES = flags.DEFINE_integer("frames", 96, "Length of the video at 24 frames a second.", lower_bound=2)
 SIZE = flags.DEFINE_integer("size", 256, "Side of the video's pictures in pixels.", lower_bound=32, upper_bound=2048)
-SEED = flags.DEFINE_integer("seed", 0, "Which person.", lower_bound=0)
-SMOKE = flags.DEFINE_boolean("smoke", False, "The smallest setting: the coarse head, few points, few frames.")
+SEED = flags.DEFINE_integer("seed", 0, "Which people.", lower_bound=0)
+SMOKE = flags.DEFINE_boolean("smoke", False, "The smallest setting: few small pictures, few steps, few frames.")
+
+OUTPUTS = {
+    "head.png": "what the head can do: identities, expressions, jaw, eyes, neck",
+    "people/gallery.png": "the synthetic people; people/person_XXXX/ are capture folders with their truth",
+    "fits/": "one of them fitted from its pictures; report.png in it shows truth beside fit",
+    "tokens/": "everyone as a token sequence, with the portrait and head it is to be generated from",
+    "ar/": "the transformer after a minute: curve.png, card.json, checkpoints",
+    "splats.png": "the fitted person as an avatar: views and expressions",
+    "talking.mp4": "the same, turning and talking",
+    "frame.ply": "one animated frame as a standard splat file: open it in any 3DGS viewer",
+    "avatar/": "the avatar bundle: canonical splats, rig, card",
+}
+STEPS = 6
 
 
 def main() -> None:
     start = time.perf_counter()
-    workdir = Path(WORKDIR.value)
+    workdir, smoke = Path(WORKDIR.value), SMOKE.value
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; name a folder.")
-    points, frames, size = (3000, 8, 96) if SMOKE.value else (POINTS.value, FRAMES.value, SIZE.value)
-    rng = np.random.default_rng(SEED.value)
+    model = choose_head(FLAME.value, None if FLAME.value else "coarse")
+    print(f"[1/{STEPS}] head: {model.source}, {model.num_vertices} vertices, {model.num_faces} faces", flush=True)
+    full = model if FLAME.value or smoke else open_head("full")
+    write_image(workdir / "head.png", head_sheet(full, None if full is model else model, size=96 if smoke else 192))
 
-    model = load_flame(FLAME.value) if FLAME.value else open_head("coarse" if SMOKE.value else "full")
-    print(f"[1/5] head: {model.source}, {model.num_vertices} vertices, {model.num_faces} faces")
-    coarse = None if FLAME.value or SMOKE.value else open_head("coarse")
-    write_image(workdir / "head.png", head_sheet(model, coarse, size=96 if SMOKE.value else 192))
+    head = [f"--flame={FLAME.value}"] if FLAME.value else []
+    people, subject = 3 if smoke else PEOPLE.value, "person_0001"
+    begin(2, f"{people} synthetic people, and captures of them")
+    size, timesteps = (48, 4) if smoke else (128, 12)
+    again = ["--overwrite"]
+    pictures = [f"--timesteps={timesteps}", f"--size={size}", f"--portrait_size={112 if smoke else 512}"]
+    script("make_identities", f"--workdir={workdir}/people", f"--num_identities={people}", *pictures,
+           f"--seed={SEED.value}", *head, *again)  # fmt: skip
 
-    person = random_person(model, rng)
-    canonical = person.canonical()
-    local = gaussians_on_the_mesh(model, canonical, points, rng)
-    save_fit(workdir / "fit", local, canonical, model)
-    print(f"[2/5] person: {points} Gaussians bound to the mesh, in GaussianAvatars' layout")
+    begin(3, f"Gaussians fitted to the pictures of {subject}")
+    fewer = ["--config.fit.iterations=20", "--config.fit.densify_from=5", "--config.fit.densify_interval=5"]
+    script("fit", f"--capture={workdir}/people/{subject}", f"--workdir={workdir}/fits", *head, *again,
+           *(fewer if smoke else []))  # fmt: skip
 
-    fit = load_fit(workdir / "fit", model)
-    local, (canonical, world) = fit.gaussians, fit.canonical(model, jaw=0.3)
-    tokenizer = PointTokenizer(num_faces=model.num_faces)
-    tokens = tokenizer.encode(world.means, local.binding)
-    write_npz(workdir / "tokens.npz", {"tokens": tokens})
-    positions, binding = tokenizer.decode(tokens)
-    error = round_trip_error(tokenizer, np.asarray(world.means), np.asarray(local.binding), positions, binding)
-    print(
-        f"[3/5] tokens: {len(tokens)} of a vocabulary of {tokenizer.vocab_size}; legal, and read back within "
-        f"{1e3 * error:.3f} mm (half a cell is {1e3 * tokenizer.cell.max() / 2:.3f} mm)"
-    )
+    begin(4, "everyone as tokens")
+    script("tokenize", f"--fits={workdir}/people", f"--workdir={workdir}/tokens", *head, *again)
 
-    avatar = Avatar(world, bind_points(model, canonical, world.means, local.binding))
-    save_avatar(workdir / "avatar", avatar, provenance={"made_by": "experiments.quickstart", "seed": SEED.value})
-    avatar = load_avatar(workdir / "avatar")
-    print("[4/5] avatar: bound, saved as a bundle and read back")
+    begin(5, "the autoregressive transformer, for a minute")
+    shortest = ["--config.model.window=64", "--config.model.layers=1", "--config.train.steps=4",
+                "--config.data.stride=64", "--config.data.held_out=1"]  # fmt: skip
+    minute = ["--config.train.steps=120", "--config.train.eval_every=40", "--config.data.held_out=2"]
+    script("train_ar", f"--store={workdir}/tokens", f"--workdir={workdir}/ar", *head, *again,
+           *(shortest if smoke else minute))  # fmt: skip
 
-    motion = turn_and_talk(model, frames)
-    show(workdir, model, avatar, motion, size)
+    begin(6, "the fitted person as an avatar")
+    avatar = make_avatar(workdir, subject, model)
+    show(workdir, model, avatar, turn_and_talk(model, 8 if smoke else FRAMES.value), 96 if smoke else SIZE.value)
     print(f"\ndone in {time.perf_counter() - start:.0f} s; everything lies in {workdir}/:")
     for name, what in OUTPUTS.items():
         print(f"  {name:<22} {what}")
 
 
-OUTPUTS = {
-    "head.png": "what the head can do: identities, expressions, jaw, eyes, neck",
-    "splats.png": "a person as Gaussians: views and expressions",
-    "talking.mp4": "the same person, turning and talking",
-    "frame.ply": "one animated frame as a standard splat file: open it in any 3DGS viewer",
-    "avatar/": "the avatar bundle: canonical splats, rig, card",
-    "fit/": "the same person as a GaussianAvatars fit (point_cloud.ply, flame_param.npz)",
-    "tokens.npz": "the person as a token sequence",
-}
+def begin(number: int, title: str) -> None:
+    print(f"\n[{number}/{STEPS}] {title}", flush=True)
 
 
-def random_person(model: FlameModel, rng: np.random.Generator) -> FlameParams:
-    """A neutral identity a little nearer to the mean than the population, so that the first one seen is no oddity."""
-    neutral = model.neutral_params()
-    return neutral.replace(shape=jnp.asarray(0.7 * rng.normal(size=neutral.shape.shape), jnp.float32))
+def script(name: str, *arguments: str) -> None:
+    """Runs one of the project's scripts, as anyone would; ends with its exit code if it fails."""
+    print("  " + " ".join(["python -m", f"experiments.{name}", *arguments]), flush=True)
+    done = subprocess.run([sys.executable, "-m", f"experiments.{name}", *arguments], stdout=subprocess.PIPE, text=True)
+    # Every script ends by listing its files; here the list at the end says it once.
+    print(done.stdout.split("\ndone in")[0].rstrip("\n"), flush=True)
+    if done.returncode:
+        sys.exit(done.returncode)
 
 
-# How many of the Gaussians beyond one per face go to a region, per area, relative to plain skin.
-DENSITY = {
-    "iris": 20.0, "pupil": 20.0, "eyes": 8.0, "lids": 8.0, "lips": 6.0, "brows": 5.0, "teeth": 4.0, "nose": 3.0,
-    "ears": 2.0, "face": 2.0, "mouth_inside": 0.1, "sockets": 0.0,
-}  # fmt: skip
-LIGHT = np.array([0.25, 0.55, 0.8]) / np.linalg.norm([0.25, 0.55, 0.8])
-
-
-def gaussians_on_the_mesh(model: FlameModel, canonical: FlameParams, num: int, rng: np.random.Generator) -> Gaussians:
-    """Flat Gaussians that cover the canonical mesh, coloured by region and lit from above, local to their faces.
-
-    Every face gets one that is spread as the triangle is, larger ones and those of `DENSITY` several smaller ones.
-    """
-    vertices = np.asarray(flame_vertices(model, canonical), np.float64)
-    triangles = vertices[np.asarray(model.faces)]
-    if num < len(triangles):
-        raise UserError(f"--points={num} is less than one for each of the head's {len(triangles)} faces; raise it.")
-    centers = triangles.mean(axis=1)
-    normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
-    twice_area = np.maximum(np.linalg.norm(normals, axis=1), 1e-12)
-    density = np.array([DENSITY.get(name, 1.0) for name in model.region_names])[np.asarray(model.face_regions)]
-    more = rng.multinomial(num - len(triangles), twice_area * density / (twice_area * density).sum())
-    counts = 1 + more
-    binding = np.repeat(np.arange(len(triangles)), counts)
-
-    # Covariance of a triangle's area, Σ (vᵢ - c)(vᵢ - c)ᵀ / 12; its axes are in-plane, the third is the normal.
-    corners = triangles - centers[:, None]
-    values, axes = np.linalg.eigh(np.einsum("fca,fcb->fab", corners, corners) / 12)
-    axes = axes * np.sign(np.linalg.det(axes))[:, None, None]
-    # Twice a triangle's own spread closes the gaps at its corners. Several in one face lie at random and overlap more.
-    sizes = 2.1 * np.sqrt(np.maximum(values, 1e-9)) / counts[:, None] ** 0.35
-    sizes[:, 0] = 0.1 * sizes[:, 2]
-
-    barycentrics = rng.dirichlet([2, 2, 2], num)
-    barycentrics[counts[binding] == 1] = 1 / 3
-    shade = 0.75 + 0.25 * normals @ LIGHT / twice_area
-    world = Gaussians(
-        means=jnp.asarray(np.einsum("pc,pca->pa", barycentrics, triangles[binding]), jnp.float32),
-        quats=rotation_to_quat(jnp.asarray(axes, jnp.float32))[binding],
-        scales=jnp.asarray(sizes[binding], jnp.float32),
-        opacities=jnp.full((num,), 0.95, jnp.float32),
-        colors=jnp.asarray((head_colors(model) * shade[:, None])[binding], jnp.float32),
+def make_avatar(workdir: Path, subject: str, model: FlameModel) -> Avatar:
+    """The fit, through tokens and back, rigged and written as a bundle."""
+    fit = load_fit(workdir / "fits" / subject, model)
+    canonical, world = fit.canonical(model, jaw=0.3)
+    tokenizer, binding = PointTokenizer(num_faces=model.num_faces), np.asarray(fit.gaussians.binding)
+    tokens = tokenizer.encode(world.means, binding)
+    error = round_trip_error(tokenizer, np.asarray(world.means), binding, *tokenizer.decode(tokens))
+    print(
+        f"  {len(tokens)} tokens of a vocabulary of {tokenizer.vocab_size}; read back within {1e3 * error:.3f} mm "
+        f"(half a cell is {1e3 * tokenizer.cell.max() / 2:.3f} mm)"
     )
-    return global_to_local(world, binding, face_frames(jnp.asarray(vertices, jnp.float32), model.faces))
+    avatar = Avatar(world, bind_points(model, canonical, world.means, binding))
+    shutil.rmtree(workdir / "avatar", ignore_errors=True)
+    save_avatar(workdir / "avatar", avatar, provenance={"made_by": "experiments.quickstart", "subject": subject})
+    return load_avatar(workdir / "avatar")
 
 
 def round_trip_error(tokenizer: PointTokenizer, points, binding, decoded, decoded_binding) -> float:
@@ -179,7 +154,7 @@ def show(workdir: Path, model: FlameModel, avatar: Avatar, motion: FlameParams, 
     write_image(workdir / "splats.png", contact_sheet(sheet, list(poses), 4))
 
     images = []
-    for t in tqdm(range(num_frames), desc="[5/5] video", unit="frame"):
+    for t in tqdm(range(num_frames), desc="  video", unit="frame"):
         frame = animate(avatar, model, jax.tree.map(lambda x, t=t: x[t], motion))
         images.append(splat(frame, 0.0, size))
     write_video(workdir / "talking.mp4", images)

@@ -7,8 +7,8 @@ Several processes: start the same command once per process with --coordinator=<h
 --num_processes=N --process_id=i, or --coordinator=auto under SLURM, Kubernetes or Open MPI.
 
 Writes checkpoints/, metrics.jsonl, tensorboard/, card.json and curve.png. SIGTERM and Ctrl-C save and stop; --resume
-goes on from the newest checkpoint, on the same mesh bit for bit. At the end the loss on held-out subjects stands beside two
-baselines and beside the loss with the conditions of the subjects exchanged.
+goes on from the newest checkpoint, on the same mesh bit for bit. At the end the loss on held-out subjects stands beside
+two baselines and beside the loss with the conditions of the subjects exchanged.
 """
 
 from __future__ import annotations

@@ -13,8 +13,10 @@ import pytest
 
 import experiments
 from experiments.common import alternate
+from pointillist_jax.data.fits import load_fit
+from pointillist_jax.data.token_store import open_store
+from pointillist_jax.flame import open_head
 from pointillist_jax.gaussians import load_avatar, load_ply
-from pointillist_jax.tokens import PointTokenizer
 
 ROOT = Path(experiments.__file__).parent.parent
 
@@ -23,32 +25,29 @@ def start(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_quickstart_writes_what_it_names(tmp_path):
     done = start("-m", "experiments.quickstart", "--smoke", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    for name in ("head.png", "splats.png", "talking.mp4", "frame.ply", "avatar/", "fit/", "tokens.npz"):
-        assert name in done.stdout
+    named = ("head.png", "people/gallery.png", "fits/", "tokens/", "ar/", "splats.png", "talking.mp4", "frame.ply")
+    assert all(name in done.stdout for name in (*named, str(tmp_path)))
+    for name in (*named, "people/person_0001/truth/", "ar/curve.png", "fits/person_0001/report.png"):
         assert (tmp_path / name).exists()
-    assert str(tmp_path) in done.stdout
     head = iio.imread(tmp_path / "head.png")
     assert head.ndim == 3
     assert head.std() > 20
     video = iio.imread(tmp_path / "talking.mp4", plugin="FFMPEG")
     assert video.shape == (8, 96, 96, 3)
     assert np.abs(np.diff(video.astype(int), axis=0)).max(axis=(1, 2, 3)).min() > 30  # Every frame moves.
-    fit = load_ply(tmp_path / "fit" / "point_cloud.ply")
+    model = open_head("coarse")
+    fit = load_fit(tmp_path / "fits/person_0001", model)
     avatar = load_avatar(tmp_path / "avatar")
-    np.testing.assert_array_equal(fit.binding, avatar.rig.binding)
+    np.testing.assert_array_equal(fit.gaussians.binding, avatar.rig.binding)
     frame = load_ply(tmp_path / "frame.ply")
-    assert frame.num_gaussians == avatar.gaussians.num_gaussians == 3000
+    assert frame.num_gaussians == avatar.gaussians.num_gaussians >= model.num_faces
     assert np.abs(np.asarray(frame.means - avatar.gaussians.means)).max() > 0.01
-    tokens = np.load(tmp_path / "tokens.npz")["tokens"]
-    _, binding = PointTokenizer(num_faces=avatar.rig.num_faces).decode(tokens)
-    assert sorted(binding.tolist()) == sorted(np.asarray(fit.binding).tolist())
-    # Running again replaces everything and is the same run.
-    before = (tmp_path / "avatar" / "gaussians.ply").read_bytes()
-    assert start("-m", "experiments.quickstart", "--smoke", f"--workdir={tmp_path}").returncode == 0
-    assert (tmp_path / "avatar" / "gaussians.ply").read_bytes() == before
+    store = open_store(tmp_path / "tokens", flame_sha256=model.sha256)
+    assert store.subjects == ("person_0000", "person_0001", "person_0002")
 
 
 @pytest.mark.parametrize(
@@ -57,7 +56,7 @@ def test_quickstart_writes_what_it_names(tmp_path):
         (("--flame=nowhere.pkl",), "nowhere.pkl does not exist"),
         (("--workdir=README.md",), "is a file"),
         (("extra",), "unexpected argument 'extra'"),
-        (("--points=abc",), "points=abc"),
+        (("--people=abc",), "people=abc"),
         (("--nope=1",), "nope"),
         (("--workdir=README.md/sub",), "choose another path"),
     ],
