@@ -281,7 +281,7 @@ def face_groups(capture: Path, num_faces: int) -> dict[str, np.ndarray]:
         return {}
     specs = {f"face_{n}": ArraySpec((num_faces,), "bool", optional=True) for n in ("hair", "beard", "cheek")}
     flags_of = read_npz(labels, specs, "the labels of a synthetic person")
-    return {name: np.flatnonzero(value) for name, value in flags_of.items()}
+    return {name.removeprefix("face_"): np.flatnonzero(value) for name, value in flags_of.items()}
 
 
 def sheet(result, data, scores, look) -> np.ndarray:
