@@ -146,7 +146,7 @@ def save_state(path: str | os.PathLike, state: FitState, extra: Mapping[str, Any
     arrays = {f"{tree}.{key}": np.asarray(value) for tree, values in trees.items() for key, value in values.items()}
     arrays |= {key: np.asarray(getattr(state, key)) for key in _VECTORS}
     arrays |= {"num": np.asarray(state.num)[None], "step": np.asarray(state.step)[None]}
-    arrays["extra"] = np.frombuffer(json.dumps(extra, sort_keys=True).encode(), np.uint8)
+    arrays["extra"] = np.frombuffer(json.dumps(extra).encode(), np.uint8)
     write_npz(path, arrays)
 
 
