@@ -58,6 +58,7 @@ def main() -> None:
     if FITS.value is None:
         raise UserError("--fits is missing: name a folder of rigged fits.")
     data, fits = with_bounds(config().data), chosen_fits()
+    check_captures(list(fits))
     model = choose_head(FLAME.value, DETAIL.value, Path(FITS.value) / "identities.json")
     prepare(Path(WORKDIR.value))
     tokenizer = PointTokenizer(num_faces=model.num_faces, bins=data.bins, lower=data.lower, upper=data.upper)
@@ -139,13 +140,26 @@ def build(workdir: Path, fits: dict[str, Path], model: FlameModel, spec: StoreSp
     return open_store(workdir)
 
 
+def check_captures(names: list[str]) -> None:
+    """Raises UserError if --captures cannot hold a portrait of anyone: else it would be left out in silence."""
+    if CAPTURES.value is None:
+        return
+    captures = Path(CAPTURES.value)
+    if not captures.is_dir():
+        raise UserError(f"--captures={captures} is not a folder.")
+    alone = len(names) == 1 and (captures / "transforms_val.json").is_file()
+    if not alone and not any((captures / name).is_dir() for name in names):
+        raise UserError(
+            f"--captures={captures} holds no folder named as a fit ({', '.join(names[:3])}{' …' * (len(names) > 3)}): "
+            "name the captures' folders as the fits', or link them."
+        )
+
+
 def portrait_folders(name: str, fit: Path, alone: bool) -> list[Path]:
     """Where a subject's portrait may lie, the fit's own folder first."""
     if CAPTURES.value is None:
         return [fit]
     captures = Path(CAPTURES.value)
-    if not captures.is_dir():
-        raise UserError(f"--captures={captures} is not a folder.")
     # With a single fit, --captures may be its capture itself.
     return [fit, captures / name, *([captures] if alone else [])]
 

@@ -12,7 +12,6 @@ atomically after each. Layout:
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -139,9 +138,10 @@ class TokenStore:
         self._readers: dict[str, Any] = {}
         self._cache: OrderedDict[int, tuple[dict, dict[str, np.ndarray], int]] = OrderedDict()
         self._cached_bytes = 0
+        self._checked: set[int] = set()
 
     def __getstate__(self) -> dict:
-        hidden = ("_lock", "_readers", "_cache", "_cached_bytes")
+        hidden = ("_lock", "_readers", "_cache", "_cached_bytes", "_checked")
         return {key: value for key, value in vars(self).items() if key not in hidden}
 
     def __setstate__(self, state: dict) -> None:
@@ -234,7 +234,9 @@ class TokenStore:
         except Exception as error:  # The C++ reader raises RuntimeError, ValueError and IndexError alike.
             raise FileFormatError(f"{source} cannot be read ({str(error)[:200]}); copy the store again.") from None
         info, arrays = unpack_record(data, source)
-        _check_record(source, info, arrays, entry, self.spec)
+        if i not in self._checked:
+            _check_record(source, info, arrays, entry, self.spec)
+            self._checked.add(i)
         return info, arrays, len(data)
 
 
@@ -387,17 +389,12 @@ def _pack(record: SubjectRecord) -> bytes:
     return pack_record(info, arrays)
 
 
-@functools.lru_cache(maxsize=1)
-def _reader_class():
+def _reader(path: Path):
     from array_record.python.array_record_module import ArrayRecordReader
 
-    return ArrayRecordReader
-
-
-def _reader(path: Path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, but meta.json names it; copy the whole store.")
-    return _reader_class()(str(path), _READER_OPTIONS)
+    return ArrayRecordReader(str(path), _READER_OPTIONS)
 
 
 def _read_meta(path: Path) -> dict[str, Any]:

@@ -151,6 +151,10 @@ def test_added_subjects_get_shards_of_their_own(fits, finished, tmp_path):
         ((), "--fits is missing"),
         (("--fits={fits}", "--workdir={store}"), "is not empty; give --resume to go on, --append to add"),
         (("--fits={fits}", "--workdir={fits}/none", "--bounds=1,2"), "must be six numbers"),
+        (
+            ("--fits={fits}", "--workdir={fits}/none", "--captures={store}"),
+            "holds no folder named as a fit (person_0000",
+        ),
         (("--fits={fits}", "--workdir={fits}/none", "--bounds=-.01,-.01,-.01,.01,.01,.01"), "lie outside the box"),
         (("--fits={fits}", "--workdir={fits}/none", "--subjects=zoe"), "no fit of 'zoe'"),
     ],
