@@ -5,8 +5,9 @@
 Writes a store of random subjects of GaussianAvatars' size (86,127 points = 344,516 tokens each), then takes turns, A B
 C A B C …, medians: shuffled windows of 1,024, 6,000 and 12,000 tokens to device arrays, bare and with portraits, with
 threads, with worker processes, and with a cache so small that every window reads its subject from the file anew; and
-the transformer's optimiser step of a preset on a batch that lies on the device (its encoders are left out, which makes
-the step faster and the comparison stricter). Then tokenises a fit of that size from its PLY. Ends in one JSON line.
+the optimiser step of a preset on a batch that lies on the device (trainable encoders included; where a preset freezes
+them, a random context stands for their stored features). Then tokenises a fit of that size from its PLY. Ends in one
+JSON line.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from experiments.common import alternate, json_line, run
 from experiments.random_flame import write_flame
-from pointillist_jax.configs import PRESETS, Config, preset
+from pointillist_jax.configs import PRESETS, Config, ModelConfig, preset
 from pointillist_jax.data.streams import BatchIterator
 from pointillist_jax.data.subjects import subject_record
 from pointillist_jax.data.token_store import FLAME_FIELDS, StoreSpec, StoreWriter, SubjectRecord, TokenStore, open_store
@@ -47,7 +48,7 @@ TOKENS = flags.DEFINE_integer("tokens", 2_000_000, "Tokens read per case and rou
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds; medians are reported.", lower_bound=1)
 AGAINST = flags.DEFINE_enum("against", "tiny", [*PRESETS, "none"], "Preset whose training step is timed too.")
 
-CONTEXT = 128  # Tokens of the condition that the timed step attends to.
+CONTEXT = 512  # Tokens of the random context.
 
 
 def main() -> None:
@@ -56,14 +57,15 @@ def main() -> None:
         store = random_store(Path(folder) / "tokens")
         size = sum(path.stat().st_size for path in store.path.glob("tokens-*"))
         print(f"{len(store)} subjects, {store.lengths.sum():,} tokens, {size / 2**20:.0f} MiB with portraits")
+        head = load_flame(write_flame(Path(folder) / "random_flame.pkl"))
         cases, tokens, streams = reading_cases(store, windows)
         if AGAINST.value != "none":
-            tokens["train"], cases["train"] = training_case(store, preset(AGAINST.value))
+            tokens["train"], cases["train"] = training_case(store, preset(AGAINST.value), head)
         seconds = alternate(cases, ROUNDS.value, warmup=1)
         for stream in streams:
             stream.close()
         rates = {name: tokens[name] / seconds[name] for name in cases}
-        fit_seconds = tokenise_seconds(Path(folder))
+        fit_seconds = tokenise_seconds(Path(folder), head)
 
     print(f"\nmillion tokens per second from the store to device arrays, batches of {BATCH.value}")
     for name in rates:
@@ -71,7 +73,7 @@ def main() -> None:
             print(f"  {name:<34} {rates[name] / 1e6:8.2f}")
     if "train" in rates:
         slowest = min(rate for name, rate in rates.items() if name != "train")
-        print(f"training, {AGAINST.value}: {rates['train']:,.0f} tokens/s in the transformer's step (no encoders)")
+        print(f"training, {AGAINST.value}: {rates['train']:,.0f} tokens/s in the optimiser step")
         print(f"  the slowest reading is {slowest / rates['train']:.0f} × that")
     print(f"tokenising a fit of {POINTS.value:,} Gaussians from its PLY: {fit_seconds:.2f} s")
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -152,19 +154,45 @@ def take(stream: BatchIterator, count: int) -> None:
     jax.block_until_ready(on_device)
 
 
-def training_case(store: TokenStore, config: Config) -> tuple[int, Callable[[], None]]:
-    """Tokens of a step, and the transformer's optimiser step of a preset, on one batch with a random context."""
-    from pointillist_jax.losses.cross_entropy import slot_cross_entropy
-    from pointillist_jax.models.ar import hidden_states, output_tables, param_specs
+def training_case(store: TokenStore, config: Config, head: FlameModel) -> tuple[int, Callable[[], None]]:
+    """Tokens of a step, and the optimiser step of a preset on one batch."""
+    from pointillist_jax.models.ar import param_specs
     from pointillist_jax.models.layers import init_params
     from pointillist_jax.sharding import make_mesh
+    from pointillist_jax.training import ar
     from pointillist_jax.training.state import init_state, make_optimizer, train_step
 
     model = config.model.for_tokenizer(store.tokenizer)
     settings = dataclasses.replace(config.train, batch_size=BATCH.value)
     window = min(model.window, int(store.lengths.max()) // 4 * 4)
-    batch = jax.device_put(next(iter(window_batches(store, window=window, batch_size=BATCH.value))))
-    batch["context"] = jax.random.normal(jax.random.key(1), (BATCH.value, CONTEXT, model.width), jnp.float32)
+    condition = () if model.encoder.frozen else ("portrait", "flame")
+    batch = jax.device_put(
+        next(iter(window_batches(store, window=window, batch_size=BATCH.value, condition=condition)))
+    )
+    if model.encoder.frozen:
+        batch["context"] = jax.random.normal(jax.random.key(1), (BATCH.value, CONTEXT, model.width), jnp.float32)
+        loss_fn = transformer_loss(model)
+        initialise = functools.partial(init_params, param_specs(model), boxed=True)
+    else:
+        loss_fn, initialise = ar.make_loss(model, head), ar.init_params(model)
+
+    optimizer, mesh = make_optimizer(settings), make_mesh()
+    state, _ = init_state(initialise, optimizer, settings, jax.random.PRNGKey(0), mesh)
+    step = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=settings)
+    compiled, held = jax.jit(step, donate_argnums=0), [state]
+
+    def turn() -> None:
+        with jax.set_mesh(mesh):
+            held[0], metrics = compiled(held[0], batch)
+        jax.block_until_ready((held[0], metrics))
+
+    return BATCH.value * window, turn
+
+
+def transformer_loss(model: ModelConfig) -> Callable:
+    """The next-token loss of the transformer alone, on a given context."""
+    from pointillist_jax.losses.cross_entropy import slot_cross_entropy
+    from pointillist_jax.models.ar import hidden_states, output_tables
 
     def loss_fn(params, batch, key):
         hidden = hidden_states(params, model, batch["tokens"], batch["context"], batch["positions"])
@@ -172,26 +200,12 @@ def training_case(store: TokenStore, config: Config) -> tuple[int, Callable[[], 
         loss = slot_cross_entropy(hidden, targets, output_tables(params, model), model.tokenizer.eos)
         return loss.total, loss.count, {}
 
-    optimizer, mesh = make_optimizer(settings), make_mesh()
-    initialise = functools.partial(init_params, param_specs(model), boxed=True)
-    state, _ = init_state(initialise, optimizer, settings, jax.random.PRNGKey(0), mesh)
-    step = jax.jit(
-        functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=settings), donate_argnums=0
-    )
-    held = [state]
-
-    def turn() -> None:
-        with jax.set_mesh(mesh):
-            held[0], metrics = step(held[0], batch)
-        jax.block_until_ready((held[0], metrics))
-
-    return BATCH.value * window, turn
+    return loss_fn
 
 
-def tokenise_seconds(folder: Path) -> float:
+def tokenise_seconds(folder: Path, model: FlameModel) -> float:
     """Median seconds from a PLY of SH degree 3 and its flame_param.npz to tokens, on a head of FLAME's size."""
     rng, count = np.random.default_rng(1), POINTS.value
-    model = load_flame(write_flame(folder / "random_flame.pkl"))
     gaussians = Gaussians(
         means=rng.normal(0, 0.3, (count, 3)).astype(np.float32),
         quats=rng.normal(size=(count, 4)).astype(np.float32),
