@@ -51,7 +51,8 @@ def surface_points(model: FlameModel, num_points: int = 4096) -> SurfacePoints:
             "head_points: the model is an argument of a jitted function; make `table = surface_points(model)` outside "
             "and pass it along."
         )
-    corners = np.asarray(model.v_template, np.float64)[np.asarray(model.faces)]
+    vertices = np.asarray(model.v_template, np.float64)
+    corners = vertices[np.asarray(model.faces)]
     area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=-1) / 2
     if num_points < 1 or not area.sum() > 0:
         raise UserError(f"{num_points} points on a surface of {area.sum():.3g} m²: both must be positive.")
@@ -62,8 +63,7 @@ def surface_points(model: FlameModel, num_points: int = 4096) -> SurfacePoints:
     # Folds the unit square onto the triangle, evenly.
     outside = u + v > 1
     u, v = np.where(outside, 1 - u, u), np.where(outside, 1 - v, v)
-    low, high = (np.asarray(model.v_template, np.float64)).min(0), np.asarray(model.v_template, np.float64).max(0)
-    dtype = np.asarray(model.v_template).dtype
+    low, high, dtype = vertices.min(0), vertices.max(0), model.v_template.dtype
     return SurfacePoints(
         faces=faces.astype(np.int32),
         barycentrics=np.stack([1 - u - v, u, v], axis=-1).astype(dtype),
@@ -100,8 +100,13 @@ def head_points(
             f"expected [..., {model.num_vertices}, 3]."
         )
     table = surface_points(model, num_points) if table is None else table
+    return _sample(vertices, model.faces, table)
+
+
+@jax.jit
+def _sample(vertices, faces, table: SurfacePoints):
     with jax.named_scope("head_points"):
-        corners = jnp.asarray(model.faces)[table.faces]
+        corners = faces[table.faces]
         a, b, c = (vertices[..., corners[:, i], :] for i in range(3))
         points = sum(table.barycentrics[:, i, None] * x for i, x in enumerate((a, b, c)))
         # Edges of a face are millimetres: their product is scaled up before it is normalised.
