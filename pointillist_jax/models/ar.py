@@ -152,7 +152,7 @@ def hidden_states(
     )
 
     def run_layer(x, layer):
-        layer = cast(layer, config.dtype)
+        layer = cast_layer(layer, config)
         x, _ = decoder_layer(
             layer, config, x, angles, cross_keys_values(layer, config, context), attend_self, attend_cross
         )
@@ -180,7 +180,7 @@ def decoder_layer(
     """One layer. Returns its output and whatever `attend_self` returned beside the attention (a cache, say).
 
     Args:
-      layer: parameters of one layer in the dtype of the computation (`cast`).
+      layer: parameters of one layer in the dtype of the computation (`cast_layer`).
       angles: `rope_angles` of the tokens' absolute positions, [B, T, H/2] each.
       context_kv: `cross_keys_values`, computed once per sequence.
       attend_self: gets queries and keys already normed and rotated.
@@ -206,6 +206,11 @@ def decoder_layer(
         x, extra = own(x)
         x = cross(x)
     return x + _mlp(layer["mlp"], x), extra
+
+
+def cast_layer(layer: Params, config: ModelConfig) -> Params:
+    """One layer's matrices in the dtype of the computation; its norms stay float32, as they are computed."""
+    return {name: {k: v if v.ndim == 1 else cast(v, config.dtype) for k, v in p.items()} for name, p in layer.items()}
 
 
 def cross_keys_values(layer: Params, config: ModelConfig, context: Float[Array, "B S D"]) -> tuple[Array, Array]:
