@@ -345,7 +345,7 @@ def print_table(reports: list[tuple[Job, dict[str, Any]]]) -> None:
 def compare(reports: list[tuple[Job, dict[str, Any]]]) -> None:
     """What density control gained, and where it put its Gaussians."""
     by_name = {job.name: report for job, report in reports}
-    print("\ndensity control against none, dB; then Gaussians per cm² and per face of the hair, beard and cheek faces")
+    print("\ndensity control against none, dB; then Gaussians per cm² (of these added to one per face) by kind of face")
     for name, report in by_name.items():
         fixed = by_name.get(f"{name}_fixed")
         if fixed is None:
@@ -353,7 +353,7 @@ def compare(reports: list[tuple[Job, dict[str, Any]]]) -> None:
         gains = [f"{s} {report['scores'][s]['psnr'] - fixed['scores'][s]['psnr']:+.2f}" for s in report["scores"]]
         parts = report["parts"]
         counts = [
-            f"{p} {parts[p]['per_cm2']:.1f} ({parts[p]['per_face']:.2f})"
+            f"{p} {parts[p]['per_cm2']:.1f} ({parts[p]['added_per_cm2']:.1f})"
             for p in ("hair", "beard", "cheek")
             if p in parts
         ]

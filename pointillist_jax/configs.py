@@ -303,6 +303,7 @@ _LAPTOP_FIT = FitConfig(
     lr_quats=0.005,
     densify_from=100,
     densify_interval=100,
+    densify_grad=5e-4,
     percent_dense=0.003,
     split_std="local",
     prune_large_from=1200,
