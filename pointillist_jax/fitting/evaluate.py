@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterator
 
 import jax
@@ -11,13 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pointillist_jax.fitting.data import FitData, Views
-from pointillist_jax.fitting.state import FitState, flame_params
+from pointillist_jax.fitting.state import FitState
 from pointillist_jax.fitting.step import Scene, pose, render
 from pointillist_jax.flame import FlameModel, flame_vertices
 from pointillist_jax.losses import l1, psnr, ssim
 from renderer_bridge import estimate_capacity
-
-_log = logging.getLogger(__name__)
 
 
 def render_views(
@@ -146,6 +143,3 @@ def _render(state, scene, timestep, viewmat, K, *, width, height, capacity, sh_d
 @jax.jit
 def _scores(image, target):
     return {"psnr": psnr(image, target), "ssim": ssim(image, target), "l1": l1(image, target)}
-
-
-__all__ = ["count_by_part", "evaluate", "flame_params", "measure_capacity", "render_views"]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pointillist_jax.configs import FitConfig
-from pointillist_jax.fitting.state import FLAME, RAW, FitState
+from pointillist_jax.fitting.state import FLAME, FitState
 from pointillist_jax.flame import FlameModel, FlameParams, face_frames, flame_vertices, local_to_global
 from pointillist_jax.gaussians import SH_C0, Gaussians
 from pointillist_jax.losses import l1, ssim
@@ -263,18 +263,3 @@ def _norm(x: Array) -> Array:
     square = jnp.sum(x * x, axis=-1)
     zero = square == 0
     return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
-
-
-__all__ = [
-    "RAW",
-    "Batch",
-    "Metrics",
-    "Scene",
-    "StepOptions",
-    "blending_weights",
-    "make_scene",
-    "pose",
-    "render",
-    "train_step",
-    "view_loss",
-]
