@@ -56,7 +56,7 @@ def beard_faces(anatomy: Anatomy, traits: Traits) -> np.ndarray:
     """[F] bool: faces that carry this person's beard."""
     corners = anatomy.template[anatomy.faces]
     places = np.concatenate([corners, corners.mean(axis=1, keepdims=True)], axis=1)
-    bare = anatomy.faces_of("nose", "ears") | ~anatomy.outside
+    bare = _bare(anatomy)
     lips = anatomy.region("lips")[anatomy.faces].min(axis=1) > 0.2
     weight = beard_weight(places.reshape(-1, 3), traits.beard).reshape(-1, 4).max(axis=1)
     return (weight > 0.5) & ~bare & ~lips
@@ -69,7 +69,8 @@ def beard_splats(
     if traits.beard == "none":
         return []
     stubble = traits.beard == "stubble"
-    roots = _roots(anatomy, vertices, traits, (2.3e-3 if stubble else 2.7e-3) * anatomy.unit / np.sqrt(density), rng)
+    spacing = {"stubble": 2.3e-3, "full": 2.7e-3}.get(traits.beard, 2.1e-3)
+    roots = _roots(anatomy, vertices, traits, spacing * anatomy.unit / np.sqrt(density), rng)
     if not len(roots):
         return []
     color, num = np.array(traits.beard_rgb), len(roots)
@@ -186,11 +187,17 @@ def lash_splats(
 def _roots(anatomy, vertices, traits, spacing, rng) -> SurfacePoints:
     corners = anatomy.template[anatomy.faces]
     weight = beard_weight(corners.reshape(-1, 3), traits.beard).reshape(-1, 3).max(axis=1)
-    bare = anatomy.faces_of("nose", "ears") | ~anatomy.outside
+    bare = _bare(anatomy)
     points = scatter(anatomy, vertices, np.where((weight > 0.05) & ~bare, spacing, np.inf), rng)
     lips = points.blend(anatomy, anatomy.region("lips"))
     kept = (rng.random(len(points)) < beard_weight(points.template, traits.beard)) & (lips < 0.2)
     return points.take(kept)
+
+
+def _bare(anatomy: Anatomy) -> np.ndarray:
+    """[F] bool: where no beard grows: ears, the nose down to its base, whatever is inside."""
+    height = anatomy.template[anatomy.faces].mean(axis=1)[:, 1]
+    return anatomy.faces_of("ears") | (anatomy.faces_of("nose") & (height > -0.0235)) | ~anatomy.outside
 
 
 def _brow_place(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

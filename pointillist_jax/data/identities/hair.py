@@ -149,7 +149,7 @@ def _cropped(anatomy, vertices, collider, roots, segments, traits, density, rng)
     )
     return [
         strand_splats(
-            strands, np.array(traits.hair_rgb), "hair", rng, variation=0.20, grey=traits.grey, shine=0.05,
+            strands, np.array(traits.hair_rgb), "hair", rng, variation=0.20, grey=0.4 * traits.grey, shine=0.05,
             flat=0.6, overlap=0.6, tip=0.75, opacity=0.9, center=_center(anatomy, vertices),
         )
     ]  # fmt: skip

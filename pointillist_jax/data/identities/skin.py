@@ -109,7 +109,7 @@ def gloss(points: SurfacePoints) -> np.ndarray:
 def head_splats(anatomy: Anatomy, points: SurfacePoints, colors: np.ndarray, traits: Traits) -> list[Splats]:
     """Discs for skin, teeth and the mouth's inside, lit."""
     light = shading(anatomy, points)
-    shine = (0.07 + 0.05 * traits.skin_tone) * gloss(points) * (1 + points.blend(anatomy, anatomy.region("lips")))
+    shine = (0.07 + 0.09 * traits.skin_tone) * gloss(points) * (1 + points.blend(anatomy, anatomy.region("lips")))
     lit = colors * light[:, None] + shine[:, None]
     inside = anatomy.faces_of("mouth_inside")[points.faces]
     teeth, tongue = (anatomy.faces_of(name)[points.faces] for name in ("teeth", "tongue"))
