@@ -182,15 +182,16 @@ def test_blending_weights_sum_to_alpha(ball):
 
     @jax.jit
     def on_black(colors):
-        return render(
+        image, info = render(
             state.params, state.binding, state.num, scene, view.timesteps, view.viewmats, view.Ks, 32, 32,
             capacity=CAPACITY, sh_degree=0, background=0.0, colors=colors,
         )  # fmt: skip
+        return image, info["radii"][0]
 
-    covered, info = on_black(jnp.ones((state.bucket, 1)))
+    covered, radii = on_black(jnp.ones((state.bucket, 1)))
     weights = np.asarray(weights)
     assert weights.sum() == pytest.approx(float(covered.sum()), rel=1e-4)
-    unseen = ~(np.asarray(info["radii"][0]) > 0).all(-1)
+    unseen = ~(np.asarray(radii) > 0).all(-1)
     assert unseen.any()
     assert not weights[unseen].any()
 
