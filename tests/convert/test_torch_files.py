@@ -62,6 +62,7 @@ def test_safetensors_are_read(tmp_path, tensors):
     np.testing.assert_allclose(arrays["half"], arrays["a"], rtol=2**-8)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("wrap", [lambda evil: evil, lambda evil: {"state_dict": {}, "hyper_parameters": evil}])
 def test_files_that_want_to_run_code_are_refused(tmp_path, monkeypatch, wrap):
     monkeypatch.chdir(tmp_path)
