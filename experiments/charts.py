@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 def line_chart(
@@ -33,6 +34,7 @@ def bar_chart(counts: Sequence[int], edges: Sequence[float], title: str, x_label
     figure, axes = _axes(x_label, y_label)
     axes.stairs(counts, edges, fill=True)
     axes.set_title(title, fontsize=10)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     return _pixels(figure)
 
 

@@ -189,7 +189,7 @@ def test_paper_preset_has_the_size_it_claims():
 def test_wrong_options_are_refused_in_words():
     with pytest.raises(UserError, match=r"model\.order='cross'"):
         ModelConfig(order="cross")
-    with pytest.raises(UserError, match="multiple of model.kv_heads=3"):
+    with pytest.raises(UserError, match=r"multiple of model\.kv_heads=3"):
         ModelConfig(heads=4, kv_heads=3)
 
 
