@@ -30,13 +30,14 @@ def assert_same(found, expected, atol):
 
 def test_causal(rng):
     """Changing token t changes hidden states from t on, and none before."""
-    params, batch = random_params(CONFIG), random_batch(rng, CONFIG)
+    config = changed(attention="chunked")
+    params, batch = random_params(config), random_batch(rng, config)
     tokens = batch["tokens"]
-    before = np.asarray(forward(params, CONFIG, tokens, batch["context"]))
+    before = np.asarray(forward(params, config, tokens, batch["context"]))
     for t in (0, 15, 16, 31):  # 15 and 16 lie in different tiles.
         other = tokens.copy()
         other[0, t] = (other[0, t] + 1) % CONFIG.bins
-        after = np.asarray(forward(params, CONFIG, other, batch["context"]))
+        after = np.asarray(forward(params, config, other, batch["context"]))
         np.testing.assert_array_equal(after[0, :t], before[0, :t])
         np.testing.assert_array_equal(after[1], before[1])
         assert (np.abs(after[0, t:] - before[0, t:]).max(axis=-1) > 1e-5).all()
@@ -44,7 +45,7 @@ def test_causal(rng):
 
 def test_window(rng):
     """One layer with a window of 8: token t reaches t … t + 7 and no further."""
-    config = changed(window=8, layers=1)
+    config = changed(window=8, layers=1, attention="chunked")
     params, batch = random_params(config), random_batch(rng, config)
     before = np.asarray(forward(params, config, batch["tokens"], batch["context"]))
     tokens = batch["tokens"].copy()
@@ -83,12 +84,12 @@ def test_only_relative_positions_matter(rng):
     assert np.abs(spread - at_zero).max() > 1e-2
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
-def test_scan_and_remat_change_nothing(rng, remat):
+@pytest.mark.parametrize(("scan", "remat"), [(True, "none"), (False, "dots"), (True, "attention"), (False, "full")])
+def test_scan_remat_and_chunks_change_nothing(rng, scan, remat):
     params, batch = random_params(CONFIG), random_batch(rng, CONFIG)
-    expected = gradient(params, changed(attention="xla"), batch)
-    for scan in (True, False):
-        assert_same(gradient(params, changed(scan_layers=scan, remat=remat), batch), expected, 2e-5)
+    expected = gradient(params, CONFIG, batch)
+    config = changed(attention="chunked", scan_layers=scan, remat=remat)
+    assert_same(gradient(params, config, batch), expected, 2e-5)
 
 
 def test_layers_stack_and_unstack(rng):
@@ -96,7 +97,7 @@ def test_layers_stack_and_unstack(rng):
     layers = unstack_layers(params["layers"])
     assert len(layers) == CONFIG.layers
     jax.tree.map(np.testing.assert_array_equal, stack_layers(layers), params["layers"])
-    found = forward({**params, "layers": layers}, changed(scan_layers=True), batch["tokens"], batch["context"])
+    found = forward({**params, "layers": layers}, CONFIG, batch["tokens"], batch["context"])
     np.testing.assert_allclose(found, forward(params, CONFIG, batch["tokens"], batch["context"]), atol=1e-6)
 
 
@@ -175,7 +176,7 @@ def test_module_holds_boxed_parameters(rng):
     params = random_params(CONFIG)
     shapes = jax.tree.map(lambda x: x.shape, nn.unbox(boxed))
     assert shapes == jax.tree.map(lambda x: x.shape, params)
-    found = model.apply({"params": params}, batch["tokens"], batch["context"])
+    found = jax.jit(model.apply)({"params": params}, batch["tokens"], batch["context"])
     np.testing.assert_allclose(found, forward(params, CONFIG, batch["tokens"], batch["context"]), atol=1e-5)
 
 

@@ -15,7 +15,8 @@ from pointillist_jax.models.layers import init_params
 
 CONFIG = ModelConfig(
     num_faces=40, bins=32, width=32, layers=2, heads=4, head_dim=8, kv_heads=2, mlp_width=48, window=32,
-    attention="chunked", attention_block=16,
+    attention="xla", attention_block=16,
+    scan_layers=True,
 )  # fmt: skip
 
 
