@@ -16,7 +16,7 @@ from tests.models import tiny_ar
 
 
 def main() -> None:
-    config = tiny_ar.changed(kv_heads=4, heads=8, attention="chunked", remat="dots")
+    config = tiny_ar.changed(kv_heads=4, heads=8, remat="none")
     params = tiny_ar.random_params(config)
     batch = tiny_ar.random_batch(np.random.default_rng(1), config, batch=8)
     boxed = jax.eval_shape(functools.partial(init_params, param_specs(config), boxed=True), jax.random.PRNGKey(0))

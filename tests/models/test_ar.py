@@ -194,12 +194,15 @@ def test_wrong_options_are_refused_in_words():
         ModelConfig(heads=4, kv_heads=3)
 
 
+# Unoptimised code: compiling for eight devices is most of the time.
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 MESHES = ("data:8", "fsdp:8", "tensor:4,data:2", "context:8", "fsdp:2,tensor:2,context:2", "data:2,fsdp:2,context:2")
 
 
+@pytest.mark.slow
 def test_sharded_equals_unsharded():
     """Loss and every gradient, on meshes of each kind of axis and of mixtures."""
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
         [sys.executable, "-m", "tests.models.mesh_program", *MESHES],
         capture_output=True,
