@@ -11,13 +11,14 @@ from pointillist_jax.flame import FlameModel, load_flame, open_head
 DETAILS = ("coarse", "full")
 
 
-def choose_head(flame: str | None, detail: str | None, card: str | os.PathLike | None = None) -> FlameModel:
-    """The head of `--flame`, else of `--detail`, else the one that `card` names, else the full open head.
+def choose_head(flame: str | None, detail: str | None, *cards: str | os.PathLike) -> FlameModel:
+    """The head of `--flame`, else of `--detail`, else the one that a card names, else the full open head.
 
     Args:
       flame: path of a FLAME .pkl, or None.
       detail: "coarse" or "full", or None.
-      card: a JSON file with {"head": {"source": …, "sha256": …}}, such as identities.json; it may be missing.
+      cards: JSON files with {"head": {"source": …, "sha256": …}}, such as identities.json or a fit's report.json. The
+        first that is there counts.
 
     Raises:
       UserError: both flags, or a card that names a head which is not the open one.
@@ -26,7 +27,8 @@ def choose_head(flame: str | None, detail: str | None, card: str | os.PathLike |
         if detail:
             raise UserError("--flame and --detail exclude each other; give one.")
         return load_flame(flame)
-    if detail or card is None or not os.path.isfile(card):
+    card = next((card for card in cards if os.path.isfile(card)), None)
+    if detail or card is None:
         return open_head(detail or "full")
     named: Any = read_json(card, "a card that names its head").get("head")
     named = named if isinstance(named, dict) else {}

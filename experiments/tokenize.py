@@ -59,7 +59,7 @@ def main() -> None:
         raise UserError("--fits is missing: name a folder of rigged fits.")
     data, fits = with_bounds(config().data), chosen_fits()
     check_captures(list(fits))
-    model = choose_head(FLAME.value, DETAIL.value, Path(FITS.value) / "identities.json")
+    model = choose_head(FLAME.value, DETAIL.value, *cards(fits))
     prepare(Path(WORKDIR.value))
     tokenizer = PointTokenizer(num_faces=model.num_faces, bins=data.bins, lower=data.lower, upper=data.upper)
     spec = StoreSpec(tokenizer, model.sha256, model.source, data.canonical_jaw, data.portrait_size, data.out_of_bounds)
@@ -89,6 +89,13 @@ def chosen_fits() -> dict[str, Path]:
     if missing := [name for name in SUBJECTS.value if name not in fits]:
         raise UserError(f"--subjects: {FITS.value} holds no fit of {missing[0]!r}; it has: {', '.join(fits)}.")
     return {name: fits[name] for name in sorted(set(SUBJECTS.value))}
+
+
+def cards(fits: dict[str, Path]) -> list[Path]:
+    """Files that may name the head of synthetic people and of our own fits. Others' fits have none."""
+    captures = [Path(CAPTURES.value)] if CAPTURES.value else []
+    folders = [Path(FITS.value), *captures, *fits.values(), *(c / name for c in captures for name in fits)]
+    return [folder / name for folder in folders for name in ("identities.json", "report.json", "identity.json")]
 
 
 def prepare(workdir: Path) -> None:
