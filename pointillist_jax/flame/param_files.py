@@ -100,7 +100,7 @@ def _fit(path, key: str, value: np.ndarray, size: int, model: FlameModel) -> np.
 
 def _static_offset(path, offset: np.ndarray | None, model: FlameModel) -> np.ndarray | None:
     """[V, 3], or None for no offset at all."""
-    if offset is None or not offset.any():
+    if offset is None:
         return None
     offset = offset.reshape(-1, *offset.shape[-2:])
     if (offset != offset[0]).any():
@@ -113,4 +113,5 @@ def _static_offset(path, offset: np.ndarray | None, model: FlameModel) -> np.nda
             f"{path}: static_offset is for {len(offset)} vertices, but {model.source or 'the head'} has "
             f"{model.num_vertices}: load the head the parameters were tracked with."
         )
-    return offset
+    # Zeros are no offset, but their number still tells the head.
+    return offset if offset.any() else None

@@ -145,6 +145,22 @@ def test_added_subjects_get_shards_of_their_own(fits, finished, tmp_path):
     assert contents(workdir) == {**contents(workdir), **before}
 
 
+def test_the_report_of_a_fit_names_its_head(tmp_path):
+    """`tokenize --fits=outputs/fits` as the README has it: no --detail, no list of people beside the fits."""
+    folder = tmp_path / "fits" / "person_0000"
+    write_fit(folder / "point_cloud" / "iteration_9", np.random.default_rng(7), 50)
+    plain = [
+        word for word in command(f"--fits={folder.parent}", f"--workdir={tmp_path / 'store'}") if "detail" not in word
+    ]
+    refused = subprocess.run(plain, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert refused.returncode == 2
+    assert "static_offset is for" in refused.stderr
+    (folder / "report.json").write_text(json.dumps({"head": {"source": MODEL.source, "sha256": MODEL.sha256}}))
+    done = subprocess.run([*plain, "--resume"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert open_store(tmp_path / "store").spec.flame_source == MODEL.source
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pointillist_jax.files import FileFormatError, write_npz
-from pointillist_jax.flame import FlameParams
+from pointillist_jax.flame import FlameParams, open_head
 from pointillist_jax.flame.param_files import load_flame_params, save_flame_params
 from tests.conftest import random_params
 
@@ -88,3 +88,12 @@ def test_what_does_not_fit_is_refused_by_name(rng, flame_model, tmp_path, change
     write_npz(tmp_path / "p.npz", {key: value for key, value in arrays.items() if value is not None})
     with pytest.raises(FileFormatError, match=message):
         load_flame_params(tmp_path / "p.npz", flame_model)
+
+
+def test_zeros_for_another_head_are_refused(tmp_path):
+    coarse, full = open_head("coarse"), open_head("full")
+    path = tmp_path / "flame_param.npz"
+    save_flame_params(path, coarse.neutral_params(), coarse)
+    assert load_flame_params(path, coarse).static_offset is None
+    with pytest.raises(FileFormatError, match="static_offset is for 1281 vertices"):
+        load_flame_params(path, full)
