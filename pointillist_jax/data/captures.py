@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 
 from pointillist_jax.cameras import Camera, Frame, load_transforms
 from pointillist_jax.data.images import ImageCache, check_header
-from pointillist_jax.files import FileFormatError, UserError
+from pointillist_jax.files import FileFormatError, UserError, read_json
 from pointillist_jax.flame.model import FlameModel, FlameParams
 from pointillist_jax.flame.param_files import load_flame_params
 
@@ -154,7 +154,7 @@ def load_capture(
     Args:
       root: the folder with transforms_train.json and so on (facts/avatars_gsplat.md A.8). Untrusted.
       model: the head its FLAME parameters belong to.
-      splits: which transforms_<split>.json have to exist and are read.
+      splits: which transforms_<split>.json have to exist and are read. Only "train" has to hold frames.
       resize: (width, height) in pixels to return all images in, or None for their own. Shrinks by area averaging.
       downscale: divides each image's own size instead; 1 keeps it.
       identity: "check" demands the same shape and static offset in every timestep's file; "first" takes the first
@@ -207,12 +207,15 @@ def cameras_extent(viewmats: Float[np.ndarray, "N 4 4"]) -> float:
     """1.1 × the largest distance of a camera from the mean camera centre, metres (facts A.4)."""
     rotation, shift = viewmats[:, :3, :3].astype(np.float64), viewmats[:, :3, 3].astype(np.float64)
     centers = -np.einsum("nba,nb->na", rotation, shift)
-    return float(1.1 * np.linalg.norm(centers - centers.mean(axis=0), axis=1).max())
+    return float(1.1 * np.linalg.norm(centers - centers.mean(axis=0), axis=1).max()) if len(centers) else 0.0
 
 
 def _load_split(root: Path, split: str, cy_from_bottom: bool, problems: list[str]) -> list[Frame]:
     path = root / f"transforms_{split}.json"
     try:
+        # A single camera leaves none to hold out: VHAP writes a split without frames then.
+        if split != "train" and read_json(path, "a transforms.json").get("frames") == []:
+            return []
         frames = load_transforms(path, cy_from_bottom=cy_from_bottom, problems=problems)
     except FileNotFoundError:
         problems.append(f"{path.name} is missing; export this split, or leave it out with splits=.")
@@ -331,13 +334,13 @@ def _make_split(
     downscale: int,
     cache: ImageCache,
 ) -> CaptureSplit:
-    file_sizes = np.array([(f.camera.width, f.camera.height) for f in frames], np.int32)
+    file_sizes = np.array([(f.camera.width, f.camera.height) for f in frames], np.int32).reshape(-1, 2)
     sizes = np.maximum(file_sizes // downscale, 1) if resize is None else np.full_like(file_sizes, resize)
     factor = np.concatenate([sizes / file_sizes, np.ones((len(frames), 1))], axis=1)[:, :, None]
     return CaptureSplit(
         name=name,
-        viewmats=np.stack([np.asarray(f.camera.viewmats) for f in frames]),
-        Ks=(np.stack([np.asarray(f.camera.Ks) for f in frames]) * factor).astype(np.float32),
+        viewmats=np.array([f.camera.viewmats for f in frames], np.float32).reshape(-1, 4, 4),
+        Ks=(np.array([f.camera.Ks for f in frames], np.float32).reshape(-1, 3, 3) * factor).astype(np.float32),
         sizes=sizes,
         timesteps=np.array([rows[f.flame_param_path] for f in frames], np.int32),
         camera_indices=np.array([f.camera_index for f in frames], np.int32),

@@ -107,8 +107,8 @@ def find_portrait(folders: Sequence[str | os.PathLike], model: FlameModel, side:
             if (timesteps := len(flame.expr)) != 1:
                 raise FileFormatError(f"{params} holds {timesteps} timesteps, expected the one of {image.name}.")
             return Portrait(square_portrait(load_rgba(image), side), flame_fields(flame, 0), image)
-        if (folder / "transforms_val.json").is_file():
-            return _capture_portrait(folder, model, side)
+        if (folder / "transforms_val.json").is_file() and (portrait := _capture_portrait(folder, model, side)):
+            return portrait
     return None
 
 
@@ -121,9 +121,11 @@ def flame_fields(params: FlameParams, t: int | None = None) -> dict[str, np.ndar
     return fields
 
 
-def _capture_portrait(folder: Path, model: FlameModel, side: int) -> Portrait:
+def _capture_portrait(folder: Path, model: FlameModel, side: int) -> Portrait | None:
     capture = load_capture(folder, model, splits=("val",), cache_bytes=0)
     views, params = capture.split("val"), capture.params
+    if not len(views):
+        return None
     strength = np.linalg.norm(np.asarray(params.expr), axis=1) + np.linalg.norm(np.asarray(params.jaw_pose), axis=1)
     n = int(np.argmin(strength[views.timesteps]))
     flame = flame_fields(params, int(views.timesteps[n]))

@@ -41,7 +41,7 @@ class ViewSource:
             raise UserError(
                 f"images of one batch need one size, but there are {sorted(sizes)}: load the captures with resize=."
             )
-        self.width, self.height = next(iter(sizes))
+        self.width, self.height = next(iter(sizes), (0, 0))
         # Only NumPy goes to the workers.
         self._flame = [{name: np.asarray(getattr(c.params, name)) for name in FLAME_FIELDS} for c in captures]
         offsets = [c.params.static_offset for c in captures]

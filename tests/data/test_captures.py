@@ -16,6 +16,8 @@ import pytest
 from pointillist_jax.cameras import load_transforms
 from pointillist_jax.data.captures import CaptureError, load_capture
 from pointillist_jax.data.images import ImageCache, check_header, load_rgba, square_portrait
+from pointillist_jax.data.subjects import find_portrait
+from pointillist_jax.data.views import view_batches
 from pointillist_jax.files import FileFormatError, UserError, write_npz
 from pointillist_jax.flame import open_head
 from pointillist_jax.flame.param_files import load_flame_params
@@ -88,6 +90,19 @@ def test_flames_offset_without_teeth_is_filled_up(root, rng, flame_model):
     assert offset.shape == (5143, 3)
     np.testing.assert_array_equal(offset[:5023], identity["static_offset"][0])
     assert not jnp.any(offset[5023:])
+
+
+def test_a_single_camera_leaves_no_validation_views(root, rng):
+    write_capture(root, MODEL, rng)
+    write_transforms(root, "val", [])
+    capture = load_capture(root, MODEL)
+    assert {name: len(split) for name, split in capture.splits.items()} == {"train": 6, "val": 0, "test": 3}
+    assert find_portrait([root], MODEL, 16) is None
+    with pytest.raises(UserError, match="nothing to make batches of"):
+        view_batches([capture], batch_size=1, split="val")
+    write_transforms(root, "train", [])
+    with pytest.raises(CaptureError, match=r"transforms_train.json: frames is missing or empty"):
+        load_capture(root, MODEL)
 
 
 def test_union_of_sequences(tmp_path, rng):
