@@ -42,6 +42,10 @@ SUBJECTS = flags.DEFINE_list("subjects", None, "Only these subjects of --capture
 FLAME = flags.DEFINE_string("flame", None, "Your FLAME .pkl, for captures tracked with FLAME.")
 DETAIL = flags.DEFINE_enum("detail", None, DETAILS, "Open head of the captures; if not given, as their card says.")
 DOWNSCALE = flags.DEFINE_integer("downscale", 1, "Divides the size of the images.", lower_bound=1)
+IDENTITY = flags.DEFINE_enum(
+    "identity", "check", ["check", "first"], "Shape and offset of all timesteps: one, or the first's (UNION sets)."
+)
+CY_FROM_BOTTOM = flags.DEFINE_boolean("cy_from_bottom", False, "cy counts from the lower border, as VHAP exports it.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the order of views and the places of split Gaussians.", lower_bound=0)
 COMPARE = flags.DEFINE_boolean("compare_density", False, "Fit with and without density control and compare.")
 PROCESSES = flags.DEFINE_integer("processes", 1, "Subjects fitted side by side.", lower_bound=1)
@@ -65,6 +69,8 @@ class Job:
     flame: str | None
     detail: str | None
     downscale: int
+    identity: str
+    cy_from_bottom: bool
 
 
 def main() -> None:
@@ -113,6 +119,8 @@ def list_jobs() -> list[Job]:
             flame=FLAME.value,
             detail=DETAIL.value,
             downscale=DOWNSCALE.value,
+            identity=IDENTITY.value,
+            cy_from_bottom=CY_FROM_BOTTOM.value,
         )
         for name, folder in list(captures.items())[SHARD.value :: NUM_SHARDS.value]
         for suffix, variant in variants.items()
@@ -240,7 +248,8 @@ def _fit_job(job: Job, progress: Callable[[int, dict[str, Any]], None]) -> None:
     from pointillist_jax.fitting.evaluate import count_by_part
 
     model = choose_head(job.flame, job.detail, Path(job.capture) / "identity.json")
-    capture = load_capture(job.capture, model, downscale=job.downscale)
+    how = {"downscale": job.downscale, "identity": job.identity, "cy_from_bottom": job.cy_from_bottom}
+    capture = load_capture(job.capture, model, **how)
     data = FitData.from_capture(capture, face_groups(Path(job.capture), model.num_faces))
     folder, config = Path(job.folder), job.config
     folder.mkdir(parents=True, exist_ok=True)

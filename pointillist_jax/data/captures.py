@@ -273,7 +273,7 @@ def _load_params(files: Iterable[Path], model: FlameModel, identity: str, proble
                 if not _same(getattr(loaded[0], name), getattr(params, name)):
                     problems.append(
                         f"{path}: {name} differs from the one in {first}; one capture is one person: track them "
-                        'together, or take the first with identity="first".'
+                        'together, or take the first with identity="first" (--identity=first).'
                     )
         # Thousands of timesteps would otherwise hold thousands of copies of one offset.
         loaded.append(params if not loaded else params.replace(shape=None, static_offset=None))

@@ -122,7 +122,8 @@ def flame_fields(params: FlameParams, t: int | None = None) -> dict[str, np.ndar
 
 
 def _capture_portrait(folder: Path, model: FlameModel, side: int) -> Portrait | None:
-    capture = load_capture(folder, model, splits=("val",), cache_bytes=0)
+    # One picture and its parameters: whether other sequences of a UNION set agree on the person does not matter.
+    capture = load_capture(folder, model, splits=("val",), identity="first", cache_bytes=0)
     views, params = capture.split("val"), capture.params
     if not len(views):
         return None
