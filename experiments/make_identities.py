@@ -18,6 +18,7 @@ import re
 import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ def prepare(workdir: Path, settings: dict[str, Any]) -> None:
     if RESUME.value and OVERWRITE.value:
         raise UserError("--resume and --overwrite exclude each other; give one.")
     card = workdir / "settings.json"
-    if workdir.exists() and any(workdir.iterdir()):
+    # A card that another shard is just writing still has its temporary name.
+    if workdir.exists() and any(not path.name.startswith(".settings.tmp-") for path in workdir.iterdir()):
         if OVERWRITE.value:
             _remove_people(workdir)
         elif not RESUME.value and not (NUM_SHARDS.value > 1 and card.is_file()):
@@ -155,8 +157,14 @@ def make_all(workdir: Path, subjects: list[str], job: Job) -> None:
         # JAX must not be forked: workers start afresh.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(PROCESSES.value, len(subjects)), mp_context=context) as pool:
-            for _ in pool.map(make_person, *zip(*((str(workdir), s, job) for s in subjects), strict=True)):
-                bar.update()
+            try:
+                for _ in pool.map(make_person, *zip(*((str(workdir), s, job) for s in subjects), strict=True)):
+                    bar.update()
+            except BrokenProcessPool:
+                raise UserError(
+                    "a worker process was killed, probably for lack of memory; go on with --resume and fewer "
+                    "--processes."
+                ) from None
     bar.close()
 
 

@@ -211,7 +211,9 @@ def _frame(path: Path, index: int, frame: Any, top: dict[str, Any], cy_from_bott
             return None
         if not isinstance(value, str) or not value or "\0" in value:
             raise FileFormatError(f"{where}: {key} is {value!r}, expected a path.")
-        return Path(os.path.normpath(path.parent / value))
+        # ".." is meant from where the folder really lies, as the system has it: users link sets together.
+        base = path.parent.resolve() if ".." in Path(value).parts else path.parent
+        return Path(os.path.normpath(base / value))
 
     width, height = (required(key, 1, _MAX_SIDE) for key in ("w", "h"))
     if width != int(width) or height != int(height):

@@ -140,6 +140,10 @@ def test_union_of_sequences(tmp_path, rng):
             np.testing.assert_array_equal(capture.params.expr[split.timesteps[n]], want.expr[0])
             assert split.image_paths[n].parts[-3] in frame["file_path"]
     assert capture.split("test").image(0).shape == (16, 20, 3)
+    # A link to the set elsewhere: ".." leads from the set itself.
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "306").symlink_to(union)
+    assert load_capture(tmp_path / "elsewhere" / "306", MODEL).num_timesteps == 7
 
 
 def test_resizing_keeps_the_view(root, rng):
