@@ -15,6 +15,8 @@ from pointillist_jax.files import FileFormatError, require_file
 _FORMATS = ("PNG", "JPEG", "WEBP")
 # 8k × 8k: far above any capture, far below what would fill a machine's memory.
 _MAX_PIXELS = 1 << 26
+# JPEG and rounding leave white backgrounds a little below 255.
+_WHITE = 250
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK")
 
 
@@ -49,7 +51,8 @@ def load_rgba(
 ) -> np.ndarray:
     """An image with its mask or alpha → uint8 [H, W, 4]: colour multiplied by the mask, and the mask.
 
-    With both a mask and an alpha channel, the smaller of the two counts; with neither, everything is foreground.
+    With both a mask and an alpha channel, the smaller of the two counts; with neither, everything is foreground. An
+    image that is white wherever its mask is 0 was composited before (VHAP): on white it is returned as it is.
 
     Args:
       path, mask_path: untrusted files of one size.
@@ -72,8 +75,13 @@ def load_rgba(
             _check(mask_path, mask, size)
             alpha = np.minimum(alpha, _decode(mask_path, mask, "L"))
     out = np.empty_like(rgba)
-    scaled = rgba[..., :3].astype(np.uint16) * alpha[..., None] + 127
-    out[..., :3], out[..., 3] = scaled // 255, alpha
+    color, outside = rgba[..., :3].astype(np.int32), alpha == 0
+    if mask_path is not None and outside.any() and color[outside].min() >= _WHITE:
+        # Cut out on white by its own soft mask already, as VHAP exports it: a second time would bleach the edges.
+        out[..., :3] = np.clip(color - 255 + alpha[..., None], 0, alpha[..., None])
+    else:
+        out[..., :3] = (color * alpha[..., None] + 127) // 255
+    out[..., 3] = alpha
     if resize is not None and tuple(resize) != size:
         smaller = resize[0] <= size[0] and resize[1] <= size[1]
         method = Image.Resampling.BOX if smaller else Image.Resampling.BILINEAR

@@ -56,6 +56,18 @@ def test_images_are_composited_by_mask_or_alpha(root, rng, image_mode, masks):
             np.testing.assert_array_equal(split.image_uint8(n), np.uint8(np.round(split.image(n) * 255)))
 
 
+def test_images_on_white_are_not_cut_out_twice(tmp_path, rng):
+    """VHAP exports pictures composited by their soft masks; GaussianAvatars trains on them as they are."""
+    mask = np.tile(np.linspace(0, 255, 16).astype(np.uint8), (4, 1))
+    person = rng.integers(0, 256, (4, 16, 3))
+    white = np.round((person * mask[..., None] + 255 * (255 - mask[..., None].astype(int))) / 255).astype(np.uint8)
+    iio.imwrite(tmp_path / "i.png", white)
+    iio.imwrite(tmp_path / "m.png", mask)
+    rgba = load_rgba(tmp_path / "i.png", tmp_path / "m.png")
+    np.testing.assert_allclose(rgba[..., :3] + (255.0 - rgba[..., 3:]), white, atol=1)
+    np.testing.assert_allclose(rgba[..., :3], person * (mask[..., None] / 255), atol=1)
+
+
 def test_what_a_capture_holds(root, rng):
     write_capture(root, MODEL, rng, timesteps=5)
     capture = load_capture(root, MODEL)
