@@ -194,7 +194,7 @@ def _frame(path: Path, index: int, frame: Any, top: dict[str, Any], cy_from_bott
         return value
 
     def index(key: str) -> int:
-        value = number(key, 0, 1 << 31) or 0
+        value = number(key, 0, (1 << 31) - 1) or 0
         if value != int(value):
             raise FileFormatError(f"{where}: {key} is {value!r}, expected a whole number.")
         return int(value)
@@ -259,8 +259,9 @@ def _frame(path: Path, index: int, frame: Any, top: dict[str, Any], cy_from_bott
 def _pose(where: str, value: Any) -> np.ndarray:
     try:
         matrix = np.array(value, np.float64)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         matrix = np.zeros(0)
+    matrix[np.abs(matrix) > np.finfo(np.float32).max] = np.inf  # Cameras are float32.
     if matrix.shape == (3, 4):
         matrix = np.concatenate([matrix, [[0, 0, 0, 1]]])
     if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or not np.allclose(matrix[3], [0, 0, 0, 1], atol=1e-6):

@@ -160,6 +160,8 @@ def test_shared_intrinsics_and_angles(tmp_path, rng):
         ({"fl_x": -3}, "fl_x is -3"),
         ({"fl_x": None}, "neither fl_x nor camera_angle_x"),
         ({"timestep_index": 1.5}, "timestep_index is 1.5"),
+        ({"camera_index": 1 << 31}, "camera_index is 2147483648"),
+        ({"transform_matrix": [[1, 0, 0, 1e39], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]}, "finite numbers"),
         ({"file_path": None}, "file_path is missing"),
         ({"file_path": 3}, "expected a path"),
         ({"fg_mask_path": "a\0b"}, "expected a path"),

@@ -463,7 +463,9 @@ def _spec_of(path: Path, meta: dict[str, Any]) -> StoreSpec:
             portrait_size=int(meta["portrait_size"]),
             out_of_bounds=str(meta["out_of_bounds"]),
         )
-    except (KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FileFormatError(f"{path / META} is damaged ({error!s:.200}); copy the store again.") from None
     if not 1 <= spec.portrait_size <= 1 << 13:
         raise FileFormatError(f"{path / META}: portrait_size is {spec.portrait_size}, expected 1 to 8192.")

@@ -70,7 +70,8 @@ def evaluate(
                 {
                     "timestep": int(views.timesteps[n]),
                     "camera": int(views.camera_indices[n]),
-                    **{key: round(float(value), 5) for key, value in scores.items()},
+                    # An empty view is rendered exactly: 100 dB stand for the infinity that JSON cannot hold.
+                    **{key: round(min(float(value), 100.0), 5) for key, value in scores.items()},
                 }
             )
         means = {key: round(float(np.mean([row[key] for row in rows])), 5) for key in ("psnr", "ssim", "l1")}

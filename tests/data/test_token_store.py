@@ -230,6 +230,8 @@ def test_damage_is_named(tmp_path, rng):
         (text.replace('"portrait_size": 5', '"portrait_size": 6'), "is not what meta.json says"),
         (text.replace('"bins": 64', '"bins": 16'), "is not what meta.json says"),
         (text.replace('"bins": 64', '"bins": "many"'), "bins"),
+        (text.replace('"portrait_size": 5', '"portrait_size": 1e999'), "damaged"),
+        (text.replace('"portrait_size": 5', '"portrait_size": "five"'), "damaged"),
         ("[]", "object"),
     ):
         assert damaged != text
