@@ -15,7 +15,9 @@ subjects that the store does not have yet; shards written before stay as they ar
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
 import shutil
 import time
 import warnings
@@ -122,6 +124,14 @@ def prepare(workdir: Path) -> None:
 
 def build(workdir: Path, fits: dict[str, Path], model: FlameModel, spec: StoreSpec, per_shard: int) -> TokenStore:
     """Adds the fits that the store does not have yet, a shard at a time."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = os.open(workdir, os.O_RDONLY)  # Held until the process ends, however it ends.
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"another process is writing to {workdir}; wait for it, or its subjects would be lost."
+        ) from None
     writer = StoreWriter(workdir, spec)
     stored = writer.subjects
     for name in fits.keys() & stored.keys():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import random
 import shutil
 import signal
@@ -143,6 +145,15 @@ def test_added_subjects_get_shards_of_their_own(fits, finished, tmp_path):
     assert done.returncode == 2
     assert "was made with bins 1024, not 512" in done.stderr
     assert contents(workdir) == {**contents(workdir), **before}
+
+
+def test_two_writers_of_one_store_are_refused(fits, tmp_path):
+    lock = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    done = start(f"--fits={fits}", f"--workdir={tmp_path}", "--subjects=person_0001")
+    os.close(lock)
+    assert done.returncode == 2
+    assert "another process is writing" in done.stderr
 
 
 def test_the_report_of_a_fit_names_its_head(tmp_path):
