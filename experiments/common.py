@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import shutil
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -48,6 +50,19 @@ def run(main: Callable[[], None]) -> None:
     # absl's own parser also serves --help and its kin.
     asks = any(arg.lstrip("-") in ("help", "helpfull", "helpshort", "helpxml", "?") for arg in sys.argv[1:])
     app.run(guarded, **({} if asks else {"flags_parser": parse}))
+
+
+def end_with_parent() -> None:
+    """Initialiser of a pool's workers: they die with the process that started them, even by SIGKILL.
+
+    Else a killed run would go on writing behind the back of the one that resumes it.
+    """
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def open_workdir(path: str | os.PathLike, *, resume: bool, overwrite: bool) -> Path:

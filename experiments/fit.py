@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments.common import run
+from experiments.common import end_with_parent, run
 from experiments.config_flags import define_config
 from experiments.heads import DETAILS, choose_head
 from experiments.media import write_image
@@ -183,7 +183,7 @@ def fit_all(jobs: list[Job]) -> list[tuple[str, str]]:
     # JAX must not be forked: workers start afresh, and send their progress to the one bar that all share.
     context = multiprocessing.get_context("spawn")
     bar = tqdm(total=sum(job.config.iterations for job in jobs), desc=f"{len(jobs)} fits", unit="it")
-    with context.Manager() as manager, ProcessPoolExecutor(PROCESSES.value, mp_context=context) as pool:
+    with context.Manager() as manager, ProcessPoolExecutor(PROCESSES.value, context, end_with_parent) as pool:
         news = manager.Queue()
         futures = {pool.submit(fit_job, job, _Messages(job.name, news)): job for job in jobs}
         at = dict.fromkeys((job.name for job in jobs), 0)

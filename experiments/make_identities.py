@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments.common import run
+from experiments.common import end_with_parent, run
 from experiments.config_flags import define_config
 from experiments.media import write_image
 from pointillist_jax.configs import IdentityConfig
@@ -156,7 +156,7 @@ def make_all(workdir: Path, subjects: list[str], job: Job) -> None:
     else:
         # JAX must not be forked: workers start afresh.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(PROCESSES.value, len(subjects)), mp_context=context) as pool:
+        with ProcessPoolExecutor(min(PROCESSES.value, len(subjects)), context, end_with_parent) as pool:
             try:
                 for _ in pool.map(make_person, *zip(*((str(workdir), s, job) for s in subjects), strict=True)):
                     bar.update()
