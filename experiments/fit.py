@@ -14,6 +14,7 @@ timing.json. After a kill, `--resume` continues with the last checkpoint and end
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import shutil
@@ -34,7 +35,7 @@ from experiments.heads import DETAILS, choose_head
 from experiments.media import write_image
 from experiments.pictures import contact_sheet
 from pointillist_jax.configs import FitConfig
-from pointillist_jax.files import ArraySpec, UserError, atomic_path, read_json, read_npz
+from pointillist_jax.files import ArraySpec, UserError, atomic_path, file_sha256, read_json, read_npz
 
 CAPTURE = flags.DEFINE_string("capture", None, "A capture folder, or a folder of capture folders.")
 WORKDIR = flags.DEFINE_string("workdir", "outputs/fits", "Where the fits go.")
@@ -159,10 +160,25 @@ def prepare(jobs: list[Job]) -> None:
             raise UserError(f"{folder} is not empty; give --resume to continue it or --overwrite to start anew.")
         elif (folder / "report.json").is_file():
             done = read_report(job)
-            if done.get("config") != dataclasses.asdict(job.config) or done.get("downscale") != job.downscale:
+            settings = {"config": dataclasses.asdict(job.config), "downscale": job.downscale}
+            if any(done.get(key) != value for key, value in settings.items()):
                 raise UserError(
                     f"{folder} was fitted with other settings; give the same, another --workdir, or --overwrite."
                 )
+            if done.get("capture_sha256") != capture_sha256(Path(job.capture)):
+                raise UserError(
+                    f"{folder} was fitted to another capture than {job.capture}; name that one, another --workdir, or "
+                    "--overwrite."
+                )
+
+
+def capture_sha256(capture: Path) -> str:
+    """Of the files that say who was photographed and from where; quick to read, unlike the pictures."""
+    digest = hashlib.sha256()
+    for name in ("canonical_flame_param.npz", *(f"transforms_{split}.json" for split in ("train", "val", "test"))):
+        if (capture / name).is_file():
+            digest.update(f"{name}:{file_sha256(capture / name)};".encode())
+    return digest.hexdigest()
 
 
 def _is_ours(name: str) -> bool:
@@ -270,6 +286,7 @@ def _fit_job(job: Job, progress: Callable[[int, dict[str, Any]], None]) -> None:
         "subject": data.subject,
         "iterations": config.iterations,
         "downscale": job.downscale,
+        "capture_sha256": capture_sha256(Path(job.capture)),
         "gaussians": result.gaussians.num_gaussians,
         "scores": {name: {k: v for k, v in split.items() if k != "per_view"} for name, split in scores.items()},
         "parts": count_by_part(result.state, data, model),

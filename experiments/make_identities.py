@@ -235,11 +235,13 @@ def make_person(workdir: str, subject: str, job: Job) -> None:
 
 
 def finish(workdir: Path, subjects: list[str], head: dict[str, Any]) -> None:
-    """identities.json and gallery.png from the people's own files."""
+    """identities.json and gallery.png from the people's own files; removes what killed runs were writing."""
     import imageio.v3 as iio
 
     from experiments.pictures import contact_sheet
 
+    for rest in (p for name in ("settings", "identities", "gallery") for p in workdir.glob(f".{name}.tmp-*")):
+        rest.unlink(missing_ok=True)
     cards = [read_json(workdir / s / "identity.json", "an identity") for s in subjects]
     people = {
         c["subject"]: {

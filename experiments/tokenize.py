@@ -183,6 +183,8 @@ def portrait_folders(name: str, fit: Path, alone: bool) -> list[Path]:
 
 def report(store: TokenStore, seconds: float) -> None:
     """Writes lengths.json and lengths.png, and says what the store holds."""
+    for rest in store.path.glob(".lengths.tmp-*"):  # What a killed run was writing.
+        rest.unlink(missing_ok=True)
     lengths, clipped = store.lengths, store.num_clipped
     spread = {
         "min": int(lengths.min()),

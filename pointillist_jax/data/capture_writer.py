@@ -152,7 +152,7 @@ def write_capture(
     save_flame_params(folder / "canonical_flame_param.npz", canonical, model)
     write_obj(folder / "canonical.obj", np.asarray(flame_vertices(model, canonical)), np.asarray(model.faces))
 
-    last_train = max(1, round(train_share * num))
+    last_train = max(1, min(math.ceil(train_share * num - 1e-9), num - 1))  # VHAP rounds up.
     splits = {
         "": frames,
         "_train": [f for f in frames if f["timestep_index"] < last_train and f["camera_index"] != validation_camera],

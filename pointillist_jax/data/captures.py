@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from pointillist_jax.data.images import ImageCache, check_header
 from pointillist_jax.files import FileFormatError, UserError, read_json
 from pointillist_jax.flame.model import FlameModel, FlameParams
 from pointillist_jax.flame.param_files import load_flame_params
+
+_log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 # As many problems as fit on a screen are printed; `CaptureError.problems` has all of them.
@@ -157,8 +160,9 @@ def load_capture(
       splits: which transforms_<split>.json have to exist and are read. Only "train" has to hold frames.
       resize: (width, height) in pixels to return all images in, or None for their own. Shrinks by area averaging.
       downscale: divides each image's own size instead; 1 keeps it.
-      identity: "check" demands the same shape and static offset in every timestep's file; "first" takes the first
-        one's, as GaussianAvatars does.
+      identity: "check" demands the same shape and static offset in every timestep's file of a sequence; of a UNION
+        set's sequences, tracked apart, the first one's is taken with a warning. "first" takes the first in any case, as
+        GaussianAvatars does.
       cy_from_bottom: see `cameras.load_transforms`.
       cache_bytes: bound on the decoded images kept in memory, shared by the splits.
 
@@ -183,8 +187,8 @@ def load_capture(
     # Two sequences of a UNION set may count their timesteps alike: the FLAME file is what tells timesteps apart.
     files = {f.flame_param_path: f.timestep_index for split in frames.values() for f in split if f.flame_param_path}
     files = dict(sorted(files.items(), key=lambda item: (item[1], str(item[0]))))
-    params = _load_params(files, model, identity, problems)
-    canonical = _load_canonical(root / "canonical_flame_param.npz", model, params, identity, problems)
+    params, sequences = _load_params(files, model, identity, problems)
+    canonical = _load_canonical(root / "canonical_flame_param.npz", model, sequences, identity, problems)
     _check_images([f for split in frames.values() for f in split], problems)
     if problems:
         raise CaptureError(root, problems)
@@ -204,7 +208,11 @@ def load_capture(
 
 
 def cameras_extent(viewmats: Float[np.ndarray, "N 4 4"]) -> float:
-    """1.1 × the largest distance of a camera from the mean camera centre, metres (facts A.4)."""
+    """1.1 × the largest distance of a camera from the mean camera centre, metres (facts A.4).
+
+    Of a single camera that would be zero, and nothing could move: its distance from the origin, where the head is,
+    stands in (ours).
+    """
     rotation, shift = viewmats[:, :3, :3].astype(np.float64), viewmats[:, :3, 3].astype(np.float64)
     centers = -np.einsum("nba,nb->na", rotation, shift)
     return float(1.1 * np.linalg.norm(centers - centers.mean(axis=0), axis=1).max()) if len(centers) else 0.0
@@ -254,9 +262,13 @@ def _with_suffix(path: Path) -> Path:
 _PER_TIMESTEP = ("expr", "rotation", "neck_pose", "jaw_pose", "eyes_pose", "translation")
 
 
-def _load_params(files: Iterable[Path], model: FlameModel, identity: str, problems: list[str]) -> FlameParams | None:
+def _load_params(
+    files: Iterable[Path], model: FlameModel, identity: str, problems: list[str]
+) -> tuple[FlameParams | None, list[FlameParams]]:
+    """Parameters of all timesteps, and those of each sequence's first file."""
     loaded: list[FlameParams] = []
-    first: Path | None = None
+    # The sequences of a UNION set lie in folders of their own and may have been tracked apart.
+    first_of: dict[Path, tuple[Path, FlameParams]] = {}
     for path in files:
         try:
             params = jax.tree.map(np.asarray, load_flame_params(path, model))
@@ -266,25 +278,26 @@ def _load_params(files: Iterable[Path], model: FlameModel, identity: str, proble
         if (timesteps := len(params.expr)) != 1:
             problems.append(f"{path} holds {timesteps} timesteps, expected the parameters of one.")
             continue
-        if not loaded:
-            first = path
-        elif identity == "check":
-            for name in ("shape", "static_offset"):
-                if not _same(getattr(loaded[0], name), getattr(params, name)):
-                    problems.append(
-                        f"{path}: {name} differs from the one in {first}; one capture is one person: track them "
-                        'together, or take the first with identity="first" (--identity=first).'
-                    )
+        first, theirs = first_of.setdefault(path.parent, (path, params))
+        if identity == "check":
+            problems += [
+                f"{path}: {name} differs from the one in {first}; one sequence is one person: track it "
+                'at once, or take the first with identity="first" (--identity=first).'
+                for name in _differing(theirs, params)
+            ]
         # Thousands of timesteps would otherwise hold thousands of copies of one offset.
         loaded.append(params if not loaded else params.replace(shape=None, static_offset=None))
     if not loaded:
-        return None
+        return None, []
+    for path, params in first_of.values():
+        if differing := _differing(loaded[0], params):
+            _log.warning("%s: %s differs from the first sequence's, which is taken for all.", path, differing[0])
     fields = {name: np.concatenate([getattr(p, name) for p in loaded]) for name in _PER_TIMESTEP}
-    return jax.tree.map(jnp.asarray, loaded[0].replace(**fields))
+    return jax.tree.map(jnp.asarray, loaded[0].replace(**fields)), [params for _, params in first_of.values()]
 
 
 def _load_canonical(
-    path: Path, model: FlameModel, params: FlameParams | None, identity: str, problems: list[str]
+    path: Path, model: FlameModel, sequences: Sequence[FlameParams], identity: str, problems: list[str]
 ) -> FlameParams | None:
     try:
         canonical = load_flame_params(path, model)
@@ -294,10 +307,19 @@ def _load_canonical(
     if (timesteps := len(canonical.expr)) != 1:
         problems.append(f"{path} holds {timesteps} timesteps, expected the one canonical pose.")
         return None
-    for name in ("shape", "static_offset"):
-        if params is not None and identity == "check" and not _same(getattr(params, name), getattr(canonical, name)):
-            problems.append(f"{path}: {name} differs from the one of the timesteps; export the canonical pose again.")
+    if sequences and identity == "check":
+        # The canonical pose of a UNION set is that of one of its sequences.
+        differing = min((_differing(params, canonical) for params in sequences), key=len)
+        problems += [
+            f"{path}: {name} differs from the one of the timesteps; export the canonical pose again."
+            for name in differing
+        ]
     return canonical.replace(**{name: getattr(canonical, name)[0] for name in _PER_TIMESTEP})
+
+
+def _differing(a: FlameParams, b: FlameParams) -> list[str]:
+    """Which of shape and static offset make two parameters those of two people."""
+    return [name for name in ("shape", "static_offset") if not _same(getattr(a, name), getattr(b, name))]
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -101,23 +101,20 @@ class FitData:
                 raise UserError(f"{self.subject}: {name} has timesteps beyond the {self.num_timesteps} tracked ones.")
 
     def fingerprint(self) -> str:
-        """A hash of cameras, timesteps and parameters, so that a fit is resumed on the data it was started on."""
+        """A hash of cameras, timesteps, parameters and picture files, so that a fit is resumed on the data it was started on."""
         digest = hashlib.sha256(self.subject.encode())
         for name, views in sorted(self.splits.items()):
             digest.update(name.encode())
             for array in (views.viewmats, views.Ks, views.sizes, views.timesteps):
                 digest.update(np.ascontiguousarray(array, np.float32).tobytes())
+            # Sizes stand for contents: reading every picture would take longer than many a resumed fit.
+            for path in (*getattr(views, "image_paths", ()), *getattr(views, "mask_paths", ())):
+                if path is not None:
+                    digest.update(f"{path.name}:{path.stat().st_size};".encode())
         for value in vars(self.params).values():
             if value is not None:
                 digest.update(np.asarray(value, np.float32).tobytes())
         return digest.hexdigest()
-
-
-def camera_extent(viewmats: np.ndarray) -> float:
-    """1.1 × the largest distance of a camera from the mean camera centre (facts A.4)."""
-    viewmats = np.asarray(viewmats, np.float64)
-    centers = -np.einsum("nba,nb->na", viewmats[:, :3, :3], viewmats[:, :3, 3])
-    return float(1.1 * np.linalg.norm(centers - centers.mean(axis=0), axis=1).max())
 
 
 def view_order(num_views: int, seed: int, first: int, count: int) -> np.ndarray:

@@ -117,14 +117,16 @@ def test_a_single_camera_leaves_no_validation_views(root, rng):
         load_capture(root, MODEL)
 
 
-def test_union_of_sequences(tmp_path, rng):
+@pytest.mark.parametrize("tracked", ["together", "apart"])
+def test_union_of_sequences(tmp_path, rng, tracked, caplog):
     """`../<sequence>/…` paths; train and test number their timesteps independently."""
     sequences = [tmp_path / name for name in ("306_EMO-1", "306_EXP-2", "306_EXP-5")]
-    identity = {"shape": rng.normal(size=MODEL.shape_dirs.shape[-1]).astype(np.float32)}
+    shapes = rng.normal(size=(3, MODEL.shape_dirs.shape[-1])).astype(np.float32)
     union = tmp_path / "UNION_306"
     union.mkdir()
     frames = {"train": [], "val": [], "test": []}
     for i, sequence in enumerate(sequences):
+        identity = {"shape": shapes[i if tracked == "apart" else 0]}
         write_capture(sequence, MODEL, rng, timesteps=3, identity=identity)
         for split in ("train", "val", "test"):
             for frame in read_frames(sequence, split):
@@ -145,6 +147,8 @@ def test_union_of_sequences(tmp_path, rng):
     # 2 training timesteps of each of two sequences, and 3 of the third.
     assert capture.num_timesteps == 7
     assert capture.params.static_offset is None
+    np.testing.assert_array_equal(capture.params.shape, shapes[0])
+    assert ("shape differs from the first sequence's" in caplog.text) == (tracked == "apart")
     for name, entries in frames.items():
         split = capture.split(name)
         for n, frame in enumerate(entries):

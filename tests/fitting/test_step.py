@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from pointillist_jax.configs import FitConfig
+from pointillist_jax.data.captures import cameras_extent
 from pointillist_jax.files import UserError
 from pointillist_jax.fitting import density, schedule
-from pointillist_jax.fitting.data import camera_extent, view_order
+from pointillist_jax.fitting.data import view_order
 from pointillist_jax.fitting.state import RAW, FitState, init_state
 from pointillist_jax.fitting.step import Batch, StepOptions, blending_weights, make_scene, render, train_step, view_loss
 from tests.fitting.scenes import SCHEDULE, ball_head, person
@@ -260,10 +261,10 @@ def test_views_are_shuffled_passes():
     assert not np.array_equal(order[:7], view_order(7, 4, 0, 7))
 
 
-def test_camera_extent():
+def test_cameras_extent():
     viewmats = np.tile(np.eye(4), (2, 1, 1))
     viewmats[1, 0, 3] = -3.0
-    assert camera_extent(viewmats) == pytest.approx(1.1 * 1.5)
+    assert cameras_extent(viewmats) == pytest.approx(1.1 * 1.5)
 
 
 @pytest.mark.parametrize(
