@@ -101,7 +101,7 @@ class FitData:
                 raise UserError(f"{self.subject}: {name} has timesteps beyond the {self.num_timesteps} tracked ones.")
 
     def fingerprint(self) -> str:
-        """A hash of cameras, timesteps, parameters and picture files, so that a fit is resumed on the data it was started on."""
+        """A hash of cameras, timesteps, parameters and picture files: a fit is resumed on the data it began with."""
         digest = hashlib.sha256(self.subject.encode())
         for name, views in sorted(self.splits.items()):
             digest.update(name.encode())

@@ -1,0 +1,54 @@
+"""What scripts share: work folders, and pools whose workers end with them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import experiments
+from experiments.common import open_workdir
+from pointillist_jax.files import UserError
+
+ROOT = Path(experiments.__file__).parent.parent
+
+
+def test_workers_die_with_a_killed_parent():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.experiments.pool_program"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    worker = int(process.stdout.readline())
+    os.kill(worker, 0)  # It lives.
+    process.kill()
+    process.wait()
+    limit = time.monotonic() + 30
+    while time.monotonic() < limit:
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        # A zombie nobody has collected yet counts as gone.
+        if Path(f"/proc/{worker}/stat").is_file() and Path(f"/proc/{worker}/stat").read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    os.kill(worker, 9)
+    raise AssertionError("the worker went on after its parent was killed")
+
+
+def test_a_folder_that_holds_something_needs_a_word(tmp_path):
+    new = open_workdir(tmp_path / "a" / "b", resume=False, overwrite=False)
+    assert new.is_dir()
+    (new / "x").write_text("1")
+    with pytest.raises(UserError, match=r"not empty.*--resume.*--overwrite"):
+        open_workdir(new, resume=False, overwrite=False)
+    assert (open_workdir(new, resume=True, overwrite=False) / "x").is_file()
+    assert not (open_workdir(new, resume=False, overwrite=True) / "x").exists()
+    with pytest.raises(UserError, match="exclude each other"):
+        open_workdir(new, resume=True, overwrite=True)
+    (tmp_path / "file").write_text("1")
+    with pytest.raises(UserError, match="is a file"):
+        open_workdir(tmp_path / "file", resume=False, overwrite=True)
