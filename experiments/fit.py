@@ -160,8 +160,7 @@ def prepare(jobs: list[Job]) -> None:
             raise UserError(f"{folder} is not empty; give --resume to continue it or --overwrite to start anew.")
         elif (folder / "report.json").is_file():
             done = read_report(job)
-            settings = {"config": dataclasses.asdict(job.config), "downscale": job.downscale}
-            if any(done.get(key) != value for key, value in settings.items()):
+            if any(done.get(key) != value for key, value in settings_of(job).items()):
                 raise UserError(
                     f"{folder} was fitted with other settings; give the same, another --workdir, or --overwrite."
                 )
@@ -170,6 +169,12 @@ def prepare(jobs: list[Job]) -> None:
                     f"{folder} was fitted to another capture than {job.capture}; name that one, another --workdir, or "
                     "--overwrite."
                 )
+
+
+def settings_of(job: Job) -> dict[str, Any]:
+    """What decides a fit besides its capture and its head."""
+    settings = {"downscale": job.downscale, "identity": job.identity, "cy_from_bottom": job.cy_from_bottom}
+    return {**settings, "config": dataclasses.asdict(job.config)}
 
 
 def capture_sha256(capture: Path) -> str:
@@ -279,13 +284,15 @@ def _fit_job(job: Job, progress: Callable[[int, dict[str, Any]], None]) -> None:
     save_fit(folder / f"point_cloud/iteration_{config.iterations}", result.gaussians, result.params, model)
 
     look = {"sh_degree": config.sh_degree, "background": config.background, "capacity": result.capacity}
-    scores = evaluate(result.state, result.scene, data, **look)
+    views = sum(len(split) for split in data.splits.values())
+    with tqdm(total=views, desc=f"{job.name}: scoring", unit="view", leave=False, disable=views < 1000) as bar:
+        scores = evaluate(result.state, result.scene, data, **look, progress=bar.update)
     write_image(folder / "report.png", sheet(result, data, scores, look))
     write_json(folder / "timing.json", {"fit_s": round(fitted, 1), "total_s": round(time.perf_counter() - start, 1)})
     report = {
         "subject": data.subject,
         "iterations": config.iterations,
-        "downscale": job.downscale,
+        **settings_of(job),
         "capture_sha256": capture_sha256(Path(job.capture)),
         "gaussians": result.gaussians.num_gaussians,
         "scores": {name: {k: v for k, v in split.items() if k != "per_view"} for name, split in scores.items()},
@@ -293,7 +300,6 @@ def _fit_job(job: Job, progress: Callable[[int, dict[str, Any]], None]) -> None:
         "history": result.history,
         "views": {name: split["per_view"] for name, split in scores.items()},
         "head": {"source": model.source, "sha256": model.sha256},
-        "config": dataclasses.asdict(config),
     }
     # Last, because a folder with a report is a finished one.
     write_json(folder / "report.json", report)

@@ -190,7 +190,9 @@ def check_header(source: str, key: str, shape, dtype: np.dtype, spec: ArraySpec,
     letters.update({n: have for n, have in zip(axes, shape, strict=True) if isinstance(n, str)})
 
 
-def read_npz(path: str | os.PathLike, specs: Mapping[str, ArraySpec], what: str) -> dict[str, np.ndarray]:
+def read_npz(
+    path: str | os.PathLike, specs: Mapping[str, ArraySpec], what: str, *, max_bytes: int = MAX_FILE_BYTES
+) -> dict[str, np.ndarray]:
     """Reads the arrays named in `specs` from an untrusted `.npz`; other members are left unread.
 
     Headers are checked before any array is allocated, nothing is unpickled, floats have to be finite.
@@ -199,6 +201,7 @@ def read_npz(path: str | os.PathLike, specs: Mapping[str, ArraySpec], what: str)
       path: the file.
       specs: key → ArraySpec. Letters in shapes bind in the order of the mapping.
       what: for messages, e.g. "a FLAME parameter file".
+      max_bytes: refuse a file whose named arrays unpack to more, before anything is unpacked.
 
     Raises:
       FileNotFoundError: no such file.
@@ -207,10 +210,12 @@ def read_npz(path: str | os.PathLike, specs: Mapping[str, ArraySpec], what: str)
     path = require_file(path, what)
     arrays: dict[str, np.ndarray] = {}
     letters: dict[str, int] = {}
-    total = 0
     try:
         with zipfile.ZipFile(path) as archive:
             members = {Path(i.filename).stem: i for i in archive.infolist() if i.filename.endswith(".npy")}
+            # A member's data never exceed what its entry claims (`_read_member`), so the claims can be believed here.
+            if sum(members[key].file_size for key in specs if key in members) > max_bytes:
+                raise FileFormatError(f"{path} unpacks to more than {max_bytes >> 20} MiB; is this {what}?")
             for key, spec in specs.items():
                 if key not in members:
                     if spec.optional:
@@ -218,9 +223,6 @@ def read_npz(path: str | os.PathLike, specs: Mapping[str, ArraySpec], what: str)
                     found = ", ".join(sorted(members)[:12]) or "no arrays"
                     raise FileFormatError(f"{path}: {key} is missing (found: {found}); is this {what}?")
                 arrays[key] = _read_member(archive, members[key], str(path), key, spec, letters)
-                total += arrays[key].nbytes
-                if total > MAX_FILE_BYTES:
-                    raise FileFormatError(f"{path} unpacks to more than {MAX_FILE_BYTES >> 30} GiB; is this {what}?")
     except FileFormatError:
         raise
     except Exception as error:  # Damaged zip, deflate or NumPy headers raise a dozen different errors.

@@ -58,8 +58,12 @@ def evaluate(
     sh_degree: int = 0,
     background: float = 1.0,
     capacity: int | None = None,
+    progress: Callable[[], None] | None = None,
 ) -> dict:
-    """PSNR (dB), SSIM (zero padding, as the loss has it) and L1 of every view of every split, and their means."""
+    """PSNR (dB), SSIM (zero padding, as the loss has it) and L1 of every view of every split, and their means.
+
+    `progress` is called after every view.
+    """
     out = {}
     for name, views in data.splits.items():
         rows = []
@@ -74,6 +78,8 @@ def evaluate(
                     **{key: round(min(float(value), 100.0), 5) for key, value in scores.items()},
                 }
             )
+            if progress is not None:
+                progress()
         means = {key: round(float(np.mean([row[key] for row in rows])), 5) for key in ("psnr", "ssim", "l1")}
         out[name] = {"views": len(rows), **means, "per_view": rows}
     return out

@@ -17,6 +17,8 @@ from pointillist_jax.flame.teeth import NUM_TEETH_VERTICES
 _POSES = {"rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6, "translation": 3}
 # Coefficients are standard deviations, angles radians, lengths metres: anything beyond is another unit or damage.
 _BOUND = {"low": -1e3, "high": 1e3}
+# Tens of thousands of timesteps; a capture has a file for each, so a hostile one must not fill the memory.
+_MAX_BYTES = 64 << 20
 _SPECS = {
     "shape": ArraySpec((..., "S"), **_BOUND),
     "expr": ArraySpec((..., "E"), **_BOUND),
@@ -43,7 +45,7 @@ def load_flame_params(path: str | os.PathLike, model: FlameModel) -> FlameParams
       FileNotFoundError: no such file.
       FileFormatError: names file, key, expected and found.
     """
-    arrays = read_npz(path, _SPECS, "a flame_param.npz")
+    arrays = read_npz(path, _SPECS, "a flame_param.npz", max_bytes=_MAX_BYTES)
     arrays = {key: np.asarray(value, np.float32) for key, value in arrays.items()}
     shapes = arrays["shape"].reshape(-1, arrays["shape"].shape[-1])
     if len(shapes) == 0 or (shapes != shapes[0]).any():

@@ -97,3 +97,11 @@ def test_zeros_for_another_head_are_refused(tmp_path):
     assert load_flame_params(path, coarse).static_offset is None
     with pytest.raises(FileFormatError, match="static_offset is for 1281 vertices"):
         load_flame_params(path, full)
+
+
+def test_a_small_file_that_unpacks_to_gigabytes_is_refused_unread(rng, flame_model, tmp_path):
+    arrays = as_arrays(one_identity(rng, flame_model, 1))
+    write_npz(tmp_path / "p.npz", arrays | {"expr": np.zeros((200_000, 100), np.float32)})
+    assert (tmp_path / "p.npz").stat().st_size < 1 << 20
+    with pytest.raises(FileFormatError, match="unpacks to more than 64 MiB"):
+        load_flame_params(tmp_path / "p.npz", flame_model)
