@@ -13,7 +13,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,13 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def open_workdir(path: str | os.PathLike, *, resume: bool, overwrite: bool) -> Path:
+def open_workdir(path: str | os.PathLike, made: Sequence[str], *, resume: bool, overwrite: bool) -> Path:
     """The folder a run writes to. One that holds something needs a word on what to do with it (DESIGN §10).
+
+    Args:
+      path: of the folder; created if it is not there.
+      made: names of what the script writes there. `overwrite` deletes these and nothing else: a mistyped folder must
+        not cost its contents.
 
     Raises:
       UserError: the folder is not empty and neither flag is given, both are, or the path is a file.
@@ -82,7 +87,8 @@ def open_workdir(path: str | os.PathLike, *, resume: bool, overwrite: bool) -> P
                 f"--workdir={path} is not empty; continue its run with --resume, replace it with --overwrite, or name "
                 "another folder."
             )
-        shutil.rmtree(path)
+        for entry in (path / name for name in made):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
     path.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from experiments.common import end_with_parent, run
 from experiments.config_flags import define_config
+from experiments.heads import DETAILS, choose_head
 from experiments.media import write_image
 from pointillist_jax.configs import IdentityConfig
 from pointillist_jax.files import UserError, atomic_folder, atomic_path, read_json, write_npz
@@ -38,7 +39,7 @@ SEED = flags.DEFINE_integer("seed", 0, "Another seed, other people.", lower_boun
 TIMESTEPS = flags.DEFINE_integer("timesteps", 20, "Timesteps of a capture; 0 for none.", lower_bound=0)
 SIZE = flags.DEFINE_integer("size", 128, "Side of the capture's images, pixels.", lower_bound=16, upper_bound=4096)
 PORTRAIT = flags.DEFINE_integer("portrait_size", 512, "Side of portraits, pixels.", lower_bound=16, upper_bound=4096)
-DETAIL = flags.DEFINE_enum("detail", "coarse", ["coarse", "full"], "Which open head they have.")
+DETAIL = flags.DEFINE_enum("detail", "coarse", DETAILS, "Which open head they have.")
 FLAME = flags.DEFINE_string("flame", None, "Your FLAME .pkl instead of the open head.")
 PROCESSES = flags.DEFINE_integer("processes", 1, "People made side by side.", lower_bound=1)
 NUM_SHARDS = flags.DEFINE_integer("num_shards", 1, "Machines that share the work.", lower_bound=1)
@@ -264,9 +265,7 @@ def finish(workdir: Path, subjects: list[str], head: dict[str, Any]) -> None:
 
 
 def _model(job: Job):
-    from pointillist_jax.flame import load_flame, open_head
-
-    return load_flame(job.flame) if job.flame else open_head(job.detail)
+    return choose_head(job.flame, None if job.flame else job.detail)
 
 
 if __name__ == "__main__":

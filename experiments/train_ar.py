@@ -56,6 +56,8 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator.")
 PROFILE = flags.DEFINE_string("profile", "", "first:last step of a trace for TensorBoard or Perfetto, e.g. 20:22.")
 CONFIG = define_config("model", "data", "train")
 
+OUTPUTS = ("checkpoints", "metrics.jsonl", "tensorboard", "profile", "card.json", "curve.png")
+
 
 def main() -> None:
     start_processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
@@ -223,7 +225,7 @@ def _open(workdir: Path) -> Path:
     # Only the first process deletes; the others meet what it left.
     if jax.process_index():
         return workdir
-    return open_workdir(workdir, resume=RESUME.value, overwrite=OVERWRITE.value)
+    return open_workdir(workdir, OUTPUTS, resume=RESUME.value, overwrite=OVERWRITE.value)
 
 
 def _profile(text: str) -> tuple[int, int] | None:

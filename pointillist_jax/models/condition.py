@@ -22,7 +22,7 @@ from pointillist_jax.configs import EncoderConfig, ModelConfig
 from pointillist_jax.files import UserError
 from pointillist_jax.flame import FlameModel, FlameParams, flame_vertices
 from pointillist_jax.flame.surface_points import head_points
-from pointillist_jax.models.image_encoder import IMAGE_MEAN, IMAGE_STD, DinoV2, dinov2_param_specs
+from pointillist_jax.models.image_encoder import DinoV2, dinov2_param_specs, normalize_images
 from pointillist_jax.models.layers import Params, linear, linear_specs
 from pointillist_jax.models.point_encoder import PointEncoder, point_encoder_param_specs
 
@@ -88,8 +88,8 @@ def encode_features(
         images = portrait.astype(jnp.float32) / 255
         if images.shape[1:3] != (size, size):
             images = jax.image.resize(images, (images.shape[0], size, size, 3), "cubic")
-        images = (images - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
-        seen = image_encoder(encoder, config.dtype).apply({"params": params["image_encoder"]}, images)
+        normalised = normalize_images(images)
+        seen = image_encoder(encoder, config.dtype).apply({"params": params["image_encoder"]}, normalised)
         image = jnp.concatenate([seen["cls"][:, None], seen["patch_tokens"]], axis=1)
     with jax.named_scope("encode_points"):
         pose = FlameParams(**flame)

@@ -14,6 +14,7 @@ import experiments
 from experiments.common import open_workdir
 from pointillist_jax.files import UserError
 
+MADE = ("x", "folder", "missing")
 ROOT = Path(experiments.__file__).parent.parent
 
 
@@ -40,15 +41,18 @@ def test_workers_die_with_a_killed_parent():
 
 
 def test_a_folder_that_holds_something_needs_a_word(tmp_path):
-    new = open_workdir(tmp_path / "a" / "b", resume=False, overwrite=False)
+    new = open_workdir(tmp_path / "a" / "b", MADE, resume=False, overwrite=False)
     assert new.is_dir()
     (new / "x").write_text("1")
+    (new / "folder").mkdir()
+    (new / "theirs").write_text("1")
     with pytest.raises(UserError, match=r"not empty.*--resume.*--overwrite"):
-        open_workdir(new, resume=False, overwrite=False)
-    assert (open_workdir(new, resume=True, overwrite=False) / "x").is_file()
-    assert not (open_workdir(new, resume=False, overwrite=True) / "x").exists()
+        open_workdir(new, MADE, resume=False, overwrite=False)
+    assert (open_workdir(new, MADE, resume=True, overwrite=False) / "x").is_file()
+    open_workdir(new, MADE, resume=False, overwrite=True)
+    assert [entry.name for entry in new.iterdir()] == ["theirs"]
     with pytest.raises(UserError, match="exclude each other"):
-        open_workdir(new, resume=True, overwrite=True)
+        open_workdir(new, MADE, resume=True, overwrite=True)
     (tmp_path / "file").write_text("1")
     with pytest.raises(UserError, match="is a file"):
-        open_workdir(tmp_path / "file", resume=False, overwrite=True)
+        open_workdir(tmp_path / "file", MADE, resume=False, overwrite=True)

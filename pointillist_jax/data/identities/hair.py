@@ -147,12 +147,8 @@ def _cropped(anatomy, vertices, collider, roots, segments, traits, density, rng)
     strands = Strands(
         points, roots.faces, 1.35e-3 / np.sqrt(density) * np.ones(num), _layer_shade(height, segments, 0.7, 0.75)
     )
-    return [
-        strand_splats(
-            strands, np.array(traits.hair_rgb), "hair", rng, variation=0.20, grey=0.4 * traits.grey, shine=0.05,
-            flat=0.6, overlap=0.6, tip=0.75, opacity=0.9, center=_center(anatomy, vertices),
-        )
-    ]  # fmt: skip
+    look = {"variation": 0.20, "grey": 0.4 * traits.grey, "shine": 0.05, "flat": 0.6, "overlap": 0.6, "tip": 0.75}
+    return [_hair(strands, traits, rng, _center(anatomy, vertices), opacity=0.9, **look)]
 
 
 def _short(anatomy, vertices, collider, roots, segments, traits, density, rng):
@@ -188,17 +184,7 @@ def _short(anatomy, vertices, collider, roots, segments, traits, density, rng):
         2.1e-3 / np.sqrt(density) * rng.uniform(0.75, 1.2, num),
         _layer_shade(height, segments),
     )
-    return [
-        strand_splats(
-            strands,
-            np.array(traits.hair_rgb),
-            "hair",
-            rng,
-            grey=traits.grey,
-            shine=0.14,
-            center=_center(anatomy, vertices),
-        )
-    ]
+    return [_hair(strands, traits, rng, _center(anatomy, vertices), shine=0.14)]
 
 
 def _curly(anatomy, vertices, collider, roots, segments, traits, density, rng):
@@ -214,8 +200,7 @@ def _curly(anatomy, vertices, collider, roots, segments, traits, density, rng):
     shade = _layer_shade(0.6 + 0.4 * height, segments, 0.6, 0.5)
     width = 1.9e-3 / np.sqrt(density) * rng.uniform(0.75, 1.2, num)
     strands = Strands(points, rigid_faces(anatomy, vertices, roots.positions), width, shade)
-    color, center = np.array(traits.hair_rgb), _center(anatomy, vertices)
-    return [strand_splats(strands, color, "hair", rng, grey=traits.grey, shine=0.05, flat=0.8, tip=0.9, center=center)]
+    return [_hair(strands, traits, rng, _center(anatomy, vertices), shine=0.05, flat=0.8, tip=0.9)]
 
 
 def _long(anatomy, vertices, collider, roots, segments, traits, density, rng):
@@ -273,18 +258,7 @@ def _long(anatomy, vertices, collider, roots, segments, traits, density, rng):
         2.5e-3 / np.sqrt(density) * rng.uniform(0.7, 1.2, num),
         shade,
     )
-    return [
-        strand_splats(
-            strands,
-            np.array(traits.hair_rgb),
-            "hair",
-            rng,
-            grey=traits.grey,
-            shine=0.17,
-            tip=0.55,
-            center=_center(anatomy, vertices),
-        )
-    ]
+    return [_hair(strands, traits, rng, _center(anatomy, vertices), shine=0.17, tip=0.55)]
 
 
 def _tied(anatomy, vertices, collider, roots, segments, traits, density, rng):
@@ -309,8 +283,8 @@ def _tied(anatomy, vertices, collider, roots, segments, traits, density, rng):
     width = 2.4e-3 / np.sqrt(density) * rng.uniform(0.75, 1.2, num)
     bound = rigid_faces(anatomy, vertices, roots.positions)
     combed = Strands(points, bound, width, _layer_shade(height, segments, 0.7, 0.85))
-    color, center = np.array(traits.hair_rgb), _center(anatomy, vertices)
-    parts = [strand_splats(combed, color, "hair", rng, grey=traits.grey, shine=0.20, tip=0.8, center=center)]
+    center = _center(anatomy, vertices)
+    parts = [_hair(combed, traits, rng, center, shine=0.20, tip=0.8)]
     held = rigid_faces(anatomy, vertices, tie[None])[0]
     if traits.hair_style == "bun":
         parts.append(_bun(tie, back, held, traits, density, scale, rng))
@@ -337,9 +311,7 @@ def _bun(tie, back, held, traits, density, scale, rng):
     )
     shade = np.clip(0.55 + 0.45 * (size / radius - 0.86) / 0.18, 0.4, 1)[:, None] * np.ones((1, segments + 1))
     strands = Strands(points, np.full(num, held), 2.6e-3 / np.sqrt(density) * rng.uniform(0.7, 1.2, num), shade)
-    return strand_splats(
-        strands, np.array(traits.hair_rgb), "hair", rng, grey=traits.grey, shine=0.16, tip=1.0, center=middle
-    )
+    return _hair(strands, traits, rng, middle, shine=0.16, tip=1.0)
 
 
 def _tail(collider, tie, back, held, traits, density, scale, center, rng):
@@ -354,8 +326,7 @@ def _tail(collider, tie, back, held, traits, density, scale, center, rng):
     points = curl(points, traits.curl, 0.009, 17, rng)
     shade = (0.6 + 0.4 * height)[:, None] * np.ones((1, segments + 1))
     strands = Strands(points, np.full(num, held), 2.8e-3 / np.sqrt(density) * rng.uniform(0.7, 1.2, num), shade)
-    color = np.array(traits.hair_rgb)
-    tail = strand_splats(strands, color, "hair", rng, grey=traits.grey, shine=0.16, tip=0.5, center=center)
+    tail = _hair(strands, traits, rng, center, shine=0.16, tip=0.5)
     band_turns = np.linspace(0, 2 * np.pi, 15)
     first = _tangential(np.array([[0.0, 1.0, 0.2]]), back[None])[0]
     circle = (
@@ -370,6 +341,11 @@ def _tail(collider, tie, back, held, traits, density, scale, center, rng):
             band, np.array(traits.clothing_rgb) * 0.6, "hair", rng, shine=0.03, flat=0.9, tip=1.0, center=center
         ),
     ]
+
+
+def _hair(strands: Strands, traits: Traits, rng: np.random.Generator, center: np.ndarray, **look) -> Splats:
+    """Strands in the person's hair colour; `look` as `strand_splats` takes it."""
+    return strand_splats(strands, np.array(traits.hair_rgb), "hair", rng, center=center, **{"grey": traits.grey} | look)
 
 
 def _smooth_noise(points: np.ndarray, rng: np.random.Generator, frequency: float) -> np.ndarray:
