@@ -141,7 +141,7 @@ def write_capture(
     num, count = motion.expr.shape[0], cameras.viewmats.shape[0]
     frames = []
     for t in range(num):
-        params = timestep(motion, t)
+        params = motion.timestep(t)
         save_flame_params(folder / f"flame_param/{t:05d}.npz", params, model)
         images, alphas = render(local, params, cameras)
         for c in range(count):
@@ -167,12 +167,6 @@ def write_capture(
             "frames": chosen,
         }
         (folder / f"transforms{suffix}.json").write_text(json.dumps(content, indent=1) + "\n")
-
-
-def timestep(motion: FlameParams, t: int) -> FlameParams:
-    """Row t of a motion [T, ...] whose shape (and static offset) have no time axis."""
-    timed = {k: v[t] for k, v in vars(motion).items() if k not in ("shape", "static_offset")}
-    return motion.replace(**timed)
 
 
 def write_obj(path: Path, vertices: np.ndarray, faces: np.ndarray) -> None:

@@ -32,7 +32,7 @@ class RiggedFit:
     @property
     def identity(self) -> FlameParams:
         """The person's parameters without a time axis: those of the first timestep."""
-        return _at(self.params, 0)
+        return self.params.timestep(0)
 
     def canonical(self, model: FlameModel, jaw: float) -> tuple[FlameParams, Gaussians]:
         """Parameters of the identity's canonical mesh (jaw open by `jaw` radians), and the Gaussians around it."""
@@ -113,8 +113,3 @@ def _fit_folder(path: Path) -> Path | None:
     }
     last = [iterations[n] for n in sorted(iterations, reverse=True)]
     return next((c for c in (path, *last, path / "truth") if (c / "point_cloud.ply").is_file()), None)
-
-
-def _at(params: FlameParams, t: int) -> FlameParams:
-    timed = {key: value[t] for key, value in vars(params).items() if key not in ("shape", "static_offset")}
-    return params.replace(**timed)

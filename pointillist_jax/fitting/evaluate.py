@@ -91,9 +91,7 @@ def count_by_part(state: FitState, data: FitData, model: FlameModel) -> dict[str
     `added_per_cm2` leaves out the one that every face has: meshes have more faces on cheeks than on scalps.
     """
     counts = np.bincount(np.asarray(state.binding)[: int(state.num)], minlength=model.num_faces)
-    canonical = data.params.replace(
-        **{k: v[0] for k, v in vars(data.params).items() if k not in ("shape", "static_offset") and v is not None}
-    ).canonical()
+    canonical = data.params.timestep(0).canonical()
     triangles = np.asarray(flame_vertices(model, canonical), np.float64)[np.asarray(model.faces)]
     edges = triangles[:, 1:] - triangles[:, :1]
     areas = 0.5e4 * np.linalg.norm(np.cross(edges[:, 0], edges[:, 1]), axis=1)

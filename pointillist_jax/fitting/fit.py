@@ -117,7 +117,8 @@ class _Run:
         self.capacity = measure_capacity(self.state, scene, self.views)
         # Sizes of triangles, which the thresholds in metres need, are those of the first training timestep.
         first = int(np.asarray(self.views.timesteps)[0])
-        self.face_scales = np.asarray(face_frames(_vertices_at(model, data.params, first), model.faces).scale)
+        vertices = flame_vertices(model, data.params.timestep(first))
+        self.face_scales = np.asarray(face_frames(vertices, model.faces).scale)
         self.history: list[dict[str, Any]] = []
         self.recent: list[tuple[float, float]] = []
 
@@ -260,11 +261,6 @@ class _Run:
             "loss": round(float(loss), 6),
             "train_psnr": round(float(-10 * np.log10(max(mse, 1e-12))), 3),
         }
-
-
-def _vertices_at(model: FlameModel, params: FlameParams, t: int):
-    timed = {k: v[t] for k, v in vars(params).items() if k not in ("shape", "static_offset")}
-    return flame_vertices(model, params.replace(**timed))
 
 
 def _difference(found: Any, wanted: dict[str, Any]) -> str:

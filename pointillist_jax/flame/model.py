@@ -142,6 +142,11 @@ class FlameParams:
         }
         return self.replace(jaw_pose=jnp.zeros_like(self.jaw_pose).at[..., 0].set(jaw), **zero)
 
+    def timestep(self, t: int | Int[Array, ""]) -> FlameParams:
+        """One timestep of one identity's motion: everything but shape and static offset has a leading axis [T]."""
+        timed = ("expr", "rotation", "neck_pose", "jaw_pose", "eyes_pose", "translation")
+        return self.replace(**{name: getattr(self, name)[t] for name in timed})
+
 
 def load_flame(
     path: str | os.PathLike, *, n_shape: int = FLAME_SHAPE_DIRS, n_expr: int = FLAME_EXPR_DIRS, teeth: bool = True

@@ -16,7 +16,6 @@ from pointillist_jax.data.capture_writer import (
     FrameRenderer,
     capture_rig,
     pad_gaussians,
-    timestep,
     write_capture,
 )
 from pointillist_jax.data.captures import load_capture
@@ -101,7 +100,7 @@ def test_images_follow_from_the_files_alone(folder, model):
     fit = load_fit(folder, model)
     frames = load_transforms(folder / "transforms_test.json")[::5] + load_transforms(folder / "transforms_val.json")
     for frame in frames:
-        params = timestep(load_flame_params(frame.flame_param_path, model), 0)
+        params = load_flame_params(frame.flame_param_path, model).timestep(0)
         world = local_to_global(fit.gaussians, face_frames(flame_vertices(model, params), model.faces))
         image, _, info = rasterize(
             world.means, world.quats, world.scales, world.opacities, world.colors, frame.camera.viewmats[None],
