@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -30,6 +32,7 @@ def run(main: Callable[[], None]) -> None:
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
         # Orbax reports every stage of every checkpoint through absl's own logger.
         logging.getLogger("absl").setLevel(logging.WARNING)
+        keep_freed_memory()
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value (see --help).")
@@ -50,6 +53,23 @@ def run(main: Callable[[], None]) -> None:
     # absl's own parser also serves --help and its kin.
     asks = any(arg.lstrip("-") in ("help", "helpfull", "helpshort", "helpxml", "?") for arg in sys.argv[1:])
     app.run(guarded, **({} if asks else {"flags_parser": parse}))
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed memory for the next allocation; elsewhere nothing happens.
+
+    By default it gives every large block back to the kernel, and XLA's CPU back end frees all temporaries of a program
+    when it ends: each call then pays a page fault for every 4 KiB, a quarter of a `tiny` training step
+    (experiments/LOG.md). One arena, because only the first may hold large blocks. To be called before JAX starts its
+    threads.
+    """
+    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # Not glibc.
+        return
+    for parameter, value in ((m_arena_max, 1), (m_mmap_threshold, 2**31 - 1), (m_trim_threshold, 2**31 - 1)):
+        mallopt(parameter, value)
 
 
 def end_with_parent() -> None:
@@ -116,6 +136,14 @@ def json_line(name: str, figures: Mapping[str, Any]) -> None:
     print(json.dumps({"bench": name, **figures, "versions": versions, "machine": machine}), flush=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+    """Medians over the runs of one case: by the wall clock, and of all its threads on the CPU."""
+
+    wall: float
+    cpu: float
+
+
 def alternate(cases: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, float]:
     """Times the cases in turn, A B C A B C …, so that a noisy moment of the machine hits all of them alike.
 
@@ -124,16 +152,21 @@ def alternate(cases: Mapping[str, Callable[[], Any]], repeats: int, warmup: int 
     Returns:
       Case name → median seconds over `repeats` runs.
     """
+    return {name: seconds.wall for name, seconds in alternate_clocks(cases, repeats, warmup).items()}
+
+
+def alternate_clocks(cases: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, Seconds]:
+    """As `alternate`, with CPU seconds too: on a shared machine they vary less."""
     for case in cases.values():
         for _ in range(warmup):
             case()
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for _ in range(repeats):
         for name, case in cases.items():
-            start = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             case()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            runs[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {name: Seconds(*map(statistics.median, zip(*values, strict=True))) for name, values in runs.items()}
 
 
 def _cpu_name() -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from pointillist_jax.configs import ModelConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
@@ -79,6 +81,23 @@ def decoder_flops(
         "ffw": layers * 2.0 * tokens * width * ffw * (3 if gated else 2),
         "head": 2.0 * tokens * width * logits,
     }
+
+
+def transformer_flops(model: ModelConfig, context: int, tokens: int | None = None) -> dict[str, float]:
+    """`decoder_flops` of a configured transformer over one window (or `tokens`), with `context` tokens of condition."""
+    slots = (3 * model.bins + model.num_faces) / 4
+    return decoder_flops(
+        tokens or model.window,
+        context,
+        layers=model.layers,
+        width=model.width,
+        heads=model.heads,
+        kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        ffw=model.mlp_width,
+        gated=model.mlp == "gated",
+        logits=slots if model.loss_support == "slot" else model.tokenizer.vocab_size,
+    )
 
 
 def training_flops(forward: dict[str, float]) -> float:

@@ -26,10 +26,12 @@ from pointillist_jax.models.layers import (
     Params,
     ParamSpec,
     cast,
+    computed_once,
     constrain,
     declare,
     matrix,
     ones,
+    product,
     rms_norm,
     rope_angles,
     rotate,
@@ -134,7 +136,10 @@ def hidden_states(
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    angles = rope_angles(positions, config.head_dim, config.rope_theta, accumulator(config))
+    make_angles = functools.partial(
+        rope_angles, head_dim=config.head_dim, theta=config.rope_theta, dtype=accumulator(config)
+    )
+    angles = computed_once(make_angles, positions)
     x = embed_tokens(params, config, tokens, jnp.arange(tokens.shape[1]) % 4)
     context = norm_context(params, config, context)
 
@@ -311,25 +316,29 @@ def _fourier_features(bins: int) -> np.ndarray:
 
 
 def _query(p: Params, y):
-    q = jnp.einsum("BTD,DNH->BTNH", y, p["query"])
+    q = _heads(y, p["query"])
     return rms_norm(q, p["query_norm"]) if "query_norm" in p else q
 
 
 def _key_value(p: Params, y):
-    k, v = (jnp.einsum("BSD,DKH->BSKH", y, p[name]) for name in ("key", "value"))
+    k, v = (_heads(y, p[name]) for name in ("key", "value"))
     return (rms_norm(k, p["key_norm"]) if "key_norm" in p else k), v
 
 
+def _heads(y, w):
+    return product(y, w.reshape(w.shape[0], -1)).reshape(*y.shape[:-1], *w.shape[1:])
+
+
 def _project_out(p: Params, out):
-    return jnp.einsum("BTNH,NHD->BTD", out, p["out"])
+    return product(out.reshape(*out.shape[:-2], -1), p["out"].reshape(-1, p["out"].shape[-1]))
 
 
 def _mlp(p: Params, x):
     with jax.named_scope("mlp"):
         y = rms_norm(x, p["norm"])
         if "gate" in p:
-            return (jax.nn.gelu(y @ p["gate"]) * (y @ p["up"])) @ p["down"]
-        return jax.nn.gelu(y @ p["up"]) @ p["down"]
+            return product(jax.nn.gelu(product(y, p["gate"])) * product(y, p["up"]), p["down"])
+        return product(jax.nn.gelu(product(y, p["up"])), p["down"])
 
 
 def _remat(function, policy: str):

@@ -7,6 +7,7 @@ follow from it. Linen modules only hold the parameters (`declare`); everything e
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -117,9 +118,32 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
 
 def rms_norm(x: Float[Array, "*b D"], scale: Float[Array, "D"], eps: float = 1e-6) -> Float[Array, "*b D"]:
     """x / rms(x) · scale, computed in float32 (float64 for float64) and returned in the dtype of x."""
+    return _rms_norm(x, scale, eps)
+
+
+# Its own derivative: of the one JAX would take, XLA's CPU back end computes the sum for `scale` ten times slower.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rms_norm(x, scale, eps):
+    return _rms_norm_forward(x, scale, eps)[0]
+
+
+def _rms_norm_forward(x, scale, eps):
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
+    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * inverse * scale).astype(x.dtype), (x, inverse, scale)
+
+
+def _rms_norm_backward(eps, residuals, y_bar):
+    del eps
+    x, inverse, scale = residuals
+    normed, y_bar = x * inverse, y_bar.astype(inverse.dtype)
+    scale_bar = jnp.sum(y_bar * normed, axis=tuple(range(x.ndim - 1)))
+    normed_bar = y_bar * scale
+    x_bar = inverse * (normed_bar - normed * jnp.mean(normed_bar * normed, axis=-1, keepdims=True))
+    return x_bar.astype(x.dtype), scale_bar.astype(scale.dtype)
+
+
+_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def layer_norm(x: Float[Array, "*b D"], params: Params, eps: float) -> Float[Array, "*b D"]:
@@ -152,6 +176,47 @@ def rope_angles(
     frequencies = jnp.asarray(theta ** (-np.arange(0, head_dim, 2) / head_dim), dtype)
     angles = positions[..., None].astype(dtype) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def computed_once(function: Callable[[Array], Any], x: Array) -> Any:
+    """`function`, elementwise, as a result that XLA keeps for all its users.
+
+    XLA's CPU compiler computes what looks cheap anew inside every user, cosines too, and drops optimisation barriers
+    before it does so. The result of a loop it leaves alone.
+    """
+    mesh, blocks = jax.sharding.get_abstract_mesh(), 4
+    if jax.default_backend() != "cpu" or mesh.size > 1 or x.size % blocks:
+        return function(x)
+    parts = jax.lax.map(function, x.reshape(blocks, -1))
+    return jax.tree.map(lambda y: y.reshape(*x.shape, *y.shape[2:]), parts)
+
+
+@jax.custom_vjp
+def product(x: Float[Array, "*b I"], w: Float[Array, "I O"]) -> Float[Array, "*b O"]:
+    """x · w, with a gradient of `w` whose form XLA's CPU back end computes fast.
+
+    The derivative JAX would take transposes the cotangent; inside a fusion that costs more than the product. Here the
+    narrower of the two factors is transposed.
+    """
+    return x @ w
+
+
+def _product_forward(x, w):
+    return x @ w, (x, w)
+
+
+def _product_backward(residuals, y_bar):
+    x, w = residuals
+    tokens = tuple(range(x.ndim - 1))
+    contract = ((tokens, tokens), ((), ()))
+    if w.shape[0] <= w.shape[1]:
+        w_bar = jax.lax.dot_general(x, y_bar, contract)
+    else:
+        w_bar = jax.lax.dot_general(y_bar, x, contract).T
+    return y_bar @ w.T, w_bar
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 def rotate(x: Float[Array, "*b T N H"], angles: tuple[Array, Array]) -> Float[Array, "*b T N H"]:
