@@ -123,7 +123,7 @@ class TokenStore:
         self.path = Path(path)
         self.cache_bytes = cache_bytes
         self._meta = _read_meta(self.path)
-        self.spec: StoreSpec = _spec_of(self.path, self._meta)
+        self.spec: StoreSpec = read_spec(self.path, self._meta)
         entries = self._meta["subjects"]
         self.subjects = tuple(e["name"] for e in entries)
         self.lengths = np.array([4 * e["num_points"] + 8 for e in entries], np.int64)
@@ -445,7 +445,8 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def _spec_of(path: Path, meta: dict[str, Any]) -> StoreSpec:
+def read_spec(path: Path, meta: dict[str, Any]) -> StoreSpec:
+    """The inverse of `StoreSpec.to_json`; `path` is the folder whose meta.json holds it. Raises FileFormatError."""
     try:
         t = meta["tokenizer"]
         if t["version"] != TOKENIZER_VERSION:
