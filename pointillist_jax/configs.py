@@ -138,7 +138,8 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The runtime of both training stages (`training/`; DESIGN §10; paper §5.1).
+    """The runtime of a training stage (`training/`; DESIGN §10; paper §5.1). Stage two has its own in
+    `DecoderConfig.train`.
 
     Attributes:
       steps: optimiser steps in all.
@@ -284,10 +285,108 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The Gaussian decoder and stage two (`models/gaussian_decoder.py`, `training/decoder.py`; DESIGN §7; paper §4.2,
+    §4.4.2). The paper states the losses' weights, Adam, 12,500 steps of 4 on 8 GPUs; the rest is ours.
+
+    Attributes:
+      inputs: what a point is decoded from: its position and AR features ("both", paper), one of them ("ar_only",
+        "position_only", the paper's ablations), or nothing ("none", ours: one Gaussian for all, a baseline).
+      points: "ar", the generated ones, or "flame_vertices", the static template of the paper's ablation. That one has
+        no AR features, so `inputs` must be "position_only" or "none".
+      cross_attention: to the AR model's image and point context.
+      feature_width: of the AR model's hidden states, context_width: of its context; `for_features` sets them.
+      lower, upper: corners of the box whose points are encoded, metres; of the tokenizer, `for_features` sets them.
+      octaves: frequencies of the positional encoding, from one wave over the box.
+      width, layers, heads, head_dim, mlp_width: of the transformer.
+      max_offset: metres, bound on each coordinate of the offset. max_scale: metres.
+      initial_opacity: before training. initial_log_scale: natural logarithm of metres.
+      attention, attention_block, remat, dtype: as of the autoregressive model.
+      views: photographs of each subject in a step; `train.batch_size` counts subjects.
+      background: grey level behind renders and photographs.
+      lambda_l1, lambda_ssim, lambda_lpips, lambda_reg: weights of the loss; reg is the mean squared offset.
+      max_points: larger clouds are an error; 0 takes the largest of the feature set.
+      eval_views: of each split, in evaluations during training; the final table takes all.
+      train: the runtime.
+    """
+
+    inputs: str = "both"
+    points: str = "ar"
+    cross_attention: bool = False
+    feature_width: int = 128
+    context_width: int = 128
+    lower: tuple[float, float, float] = DEFAULT_LOWER
+    upper: tuple[float, float, float] = DEFAULT_UPPER
+    octaves: int = 8
+    width: int = 64
+    layers: int = 2
+    heads: int = 2
+    head_dim: int = 32
+    mlp_width: int = 192
+    max_offset: float = 0.1
+    max_scale: float = 0.02
+    initial_opacity: float = 0.1
+    initial_log_scale: float = -5.0
+    attention: str = "auto"
+    attention_block: int = 256
+    remat: str = "none"
+    dtype: str = "float32"
+    views: int = 4
+    background: float = 1.0
+    lambda_l1: float = 1.0
+    lambda_ssim: float = 0.5
+    lambda_lpips: float = 0.1
+    lambda_reg: float = 0.1
+    max_points: int = 0
+    eval_views: int = 8
+    train: TrainConfig = TrainConfig(
+        steps=12_500, warmup_steps=100, weight_decay=0.0, b2=0.999, log_every=10, eval_every=500, checkpoint_every=500
+    )
+
+    def __post_init__(self):
+        choices = {
+            "inputs": ("both", "ar_only", "position_only", "none"),
+            "points": ("ar", "flame_vertices"),
+            "remat": ("none", "full"),
+            "dtype": ("float32", "bfloat16", "float64"),
+        }
+        for name, legal in choices.items():
+            if getattr(self, name) not in legal:
+                raise UserError(f"decoder.{name}={getattr(self, name)!r} must be one of {', '.join(legal)}.")
+        if self.points == "flame_vertices" and self.uses_features:
+            raise UserError(
+                "decoder.points=flame_vertices has no AR features: give decoder.inputs=position_only (or none)."
+            )
+        least = {"width": 1, "layers": 0, "heads": 1, "head_dim": 1, "octaves": 1, "views": 1, "max_points": 0}
+        for name, low in (least | {"eval_views": 1, "feature_width": 1, "context_width": 1}).items():
+            if getattr(self, name) < low:
+                raise UserError(f"decoder.{name}={getattr(self, name)} must be at least {low}.")
+        if not (0 < self.initial_opacity < 1 and self.max_scale > 1e-5 and self.max_offset >= 0):
+            raise UserError(
+                "decoder.initial_opacity must lie in (0, 1), max_scale above 1e-5, max_offset at 0 or more."
+            )
+
+    @property
+    def uses_features(self) -> bool:
+        return self.inputs in ("both", "ar_only")
+
+    @property
+    def uses_positions(self) -> bool:
+        return self.inputs in ("both", "position_only")
+
+    def for_features(self, tokenizer: PointTokenizer, width: int) -> DecoderConfig:
+        """The same decoder for points of this tokenizer and an AR model of this width."""
+        return dataclasses.replace(
+            self, lower=tokenizer.lower, upper=tokenizer.upper, feature_width=width, context_width=width
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything a run depends on, by part."""
 
     model: ModelConfig = ModelConfig()
+    decoder: DecoderConfig = DecoderConfig()
     identities: IdentityConfig = IdentityConfig()
     fit: FitConfig = FitConfig()
     data: DataConfig = DataConfig()
@@ -342,13 +441,36 @@ _PAPER = ModelConfig(
     encoder=EncoderConfig("vitl14_reg", 518, "michelangelo", 4096, frozen=True),
 )
 
+# A dozen people's captures of 64² to 128² on a laptop: few, large steps.
+_TINY_DECODER = DecoderConfig(
+    train=TrainConfig(
+        steps=600,
+        batch_size=1,
+        learning_rate=2e-3,
+        schedule="cosine",
+        warmup_steps=20,
+        weight_decay=0.0,
+        b2=0.999,
+        log_every=10,
+        eval_every=200,
+        checkpoint_every=100,
+    )
+)
+_SMALL_DECODER = DecoderConfig(width=256, layers=4, heads=4, head_dim=64, mlp_width=768, dtype="bfloat16")
+_PAPER_DECODER = DecoderConfig(
+    feature_width=1024, width=512, layers=8, heads=8, head_dim=64, mlp_width=1408, remat="full", dtype="bfloat16"
+)
+
 PRESETS = {
     # Identities at a laptop's density; data of a dozen people at the size the tiny image encoder reads.
     "tiny": Config(
-        identities=IdentityConfig(density=0.35), fit=_LAPTOP_FIT, data=DataConfig(portrait_size=112, held_out=4)
+        decoder=_TINY_DECODER,
+        identities=IdentityConfig(density=0.35),
+        fit=_LAPTOP_FIT,
+        data=DataConfig(portrait_size=112, held_out=4),
     ),
-    "small": Config(model=_SMALL),
-    "paper": Config(model=_PAPER),
+    "small": Config(model=_SMALL, decoder=_SMALL_DECODER),
+    "paper": Config(model=_PAPER, decoder=_PAPER_DECODER),
 }
 
 
