@@ -68,6 +68,16 @@ def test_ssim_is_torchs_convolution():
     np.testing.assert_allclose(gradient, expected, atol=1e-5 * np.abs(expected).max() + 1e-8)
 
 
+def test_valid_ssim_is_scikit_images():
+    metrics = pytest.importorskip("skimage.metrics")
+    x, y = images((2, 40, 52, 3))
+    how = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
+    for i in range(2):
+        # Its mean over the part without borders.
+        expected = metrics.structural_similarity(x[i], y[i], channel_axis=-1, **how)
+        assert abs(float(ssim(x[i], y[i], padding="valid")) - expected) < 1e-5
+
+
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_gradients_by_finite_differences(padding):
     x, y = images((14, 13, 3))
