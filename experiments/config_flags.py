@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +17,14 @@ def define_config(*parts: str, default: str = "tiny") -> Callable[[], Config]:
     """Defines the flags of the named parts of `Config`; call at import. The result, called in `main`, is the config.
 
     Args:
-      parts: fields of Config whose own fields can be changed, e.g. "fit". A script offers only those it reads.
+      parts: fields of Config whose own fields can be changed, e.g. "fit" or "model.encoder". A script offers only
+        those it reads.
       default: the preset without `--config`.
     """
     flags.DEFINE_enum("config", default, list(PRESETS), "Preset of hyper-parameters.")
     names = {}
     for part in parts:
-        for path, value in _leaves(getattr(PRESETS[default], part), part):
+        for path, value in _leaves(operator.attrgetter(part)(PRESETS[default]), part):
             names[path] = f"config.{path}"
             _define(names[path], value)
 

@@ -6,6 +6,9 @@
 Several processes: start the same command once per process with --coordinator=<host:port of process 0>
 --num_processes=N --process_id=i, or --coordinator=auto under SLURM, Kubernetes or Open MPI.
 
+With frozen encoders (config.model.encoder.frozen, preset `paper`) it reads the features that the script
+experiments.encode_conditions has put into the store.
+
 Writes checkpoints/, metrics.jsonl, tensorboard/, card.json and curve.png. SIGTERM and Ctrl-C save and stop; --resume
 goes on from the newest checkpoint, on the same mesh bit for bit. At the end the loss on held-out subjects stands beside
 two baselines and beside the loss with the conditions of the subjects exchanged.
@@ -22,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 
 from experiments.charts import line_chart
 from experiments.common import open_workdir, run
@@ -30,13 +35,15 @@ from experiments.config_flags import define_config
 from experiments.heads import named_head
 from experiments.media import write_image
 from pointillist_jax.configs import Config
+from pointillist_jax.data.condition_features import feature_kind, open_features
 from pointillist_jax.data.token_store import TokenStore, open_store
 from pointillist_jax.data.windows import split_subjects, window_batches
 from pointillist_jax.evaluation.token_baselines import MEAN_HEAD_STAGES, fit_histogram
 from pointillist_jax.files import UserError, atomic_path
 from pointillist_jax.flame import FlameModel
 from pointillist_jax.flops import decoder_flops, device_peak, training_flops
-from pointillist_jax.sharding import make_mesh, start_processes
+from pointillist_jax.models.condition import context_length, feature_shapes
+from pointillist_jax.sharding import batch_share, make_mesh, start_processes
 from pointillist_jax.training import ar
 from pointillist_jax.training.checkpoints import Checkpoints
 from pointillist_jax.training.loop import resume_or_init, train
@@ -68,8 +75,9 @@ def main() -> None:
     head = named_head(store.spec.flame_source, store.spec.flame_sha256, STORE.value, FLAME.value)
     config = CONFIG()
     config = dataclasses.replace(config, model=config.model.for_tokenizer(store.tokenizer))
+    profile = _profile(PROFILE.value, config.train.steps)
     workdir = _open(Path(WORKDIR.value))
-    state, stopped, held_out = train_ar(store, head, config, workdir, seed=SEED.value, mesh=MESH.value)
+    state, stopped, held_out = train_ar(store, head, config, workdir, seed=SEED.value, mesh=MESH.value, profile=profile)
     if jax.process_index():
         return
     if stopped:
@@ -92,18 +100,32 @@ def train_ar(
     *,
     seed: int = 0,
     mesh: str = "",
+    profile: tuple[int, int] | None = None,
     bar: bool = True,
 ) -> tuple[TrainState, str | None, tuple[str, ...]]:
-    """Trains, or goes on with what lies in `workdir`. Returns the state, what stopped it early, held-out subjects."""
+    """Trains, or goes on with what lies in `workdir`. Returns the state, what stopped it early, held-out subjects.
+
+    Raises:
+      UserError: frozen encoders without stored features, and what `training.loop.train` refuses.
+    """
     model, data, settings = config.model, config.data, config.train
     devices = make_mesh(mesh)
     training, held_out = split_subjects(store.subjects, min(data.held_out, len(store) - 1), data.split_seed)
-    shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    window = {"window": model.window, "condition": ("portrait", "flame"), **shares}
+    features = None
+    if model.encoder.frozen:
+        features = open_features(store, feature_kind(model.encoder), feature_shapes(model))
+    share, shares = batch_share(devices)
+    window = {
+        "window": model.window,
+        "batch_size": settings.batch_size,
+        "condition": () if features else ("portrait", "flame"),
+        "features": features,
+        "process_index": share,
+        "process_count": shares,
+    }
     stream = iter(
         window_batches(
             store,
-            batch_size=settings.batch_size,
             stride=data.stride or None,
             subjects=training,
             seed=seed,
@@ -113,17 +135,18 @@ def train_ar(
             **window,
         )
     )
-    change = ar.shuffled_conditions(store, held_out) if len(held_out) > 1 else None
 
     def evaluation_batches(name: str):
-        batches = window_batches(
-            store, batch_size=settings.batch_size, subjects=held_out, shuffle=False, num_epochs=1, **window
+        exchange = name == "exchanged"
+        return window_batches(
+            store, subjects=held_out, shuffle=False, num_epochs=1, exchange_conditions=exchange, **window
         )
-        return map(change, batches) if name == "shuffled" else batches
 
-    names = ("", "shuffled") if change else ("",)
-    loss_fn = ar.make_loss(model, head)
-    evaluate = ar.make_evaluation(loss_fn, devices, evaluation_batches, names) if held_out else None
+    names = ("", "exchanged") if len(held_out) > 1 else ("",)
+    evaluate = ar.make_evaluation(ar.make_loss(model, head), devices, evaluation_batches, names) if held_out else None
+    loss_fn = ar.make_loss(model, head, settings.z_loss)
+    meta = {"config": dataclasses.asdict(config), "store": store.spec.to_json(), "seed": seed}
+    meta["features"] = features.spec.to_json() if features else None
     optimizer, init = make_optimizer(settings), ar.init_params(model)
     step = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=settings)
     peak = device_peak(jax.devices()[0].device_kind)
@@ -138,14 +161,14 @@ def train_ar(
             mesh=devices,
             workdir=workdir,
             checkpoints=checkpoints,
-            meta={"config": dataclasses.asdict(config), "store": store.spec.to_json(), "seed": seed},
+            meta=meta,
             schedule=make_schedule(settings),
             evaluate=evaluate,
             describe=lambda batch: "subjects " + ", ".join(store.subjects[i] for i in sorted(set(batch["subject"]))),
             tokens_per_step=settings.batch_size * model.window,
             flops_per_step=settings.batch_size * training_flops(window_flops(config)),
             peak_flops=peak and peak.flops,
-            profile=_profile(PROFILE.value) if flags.FLAGS.is_parsed() else None,
+            profile=profile,
             bar=bar,
         )
     stream.close()
@@ -154,8 +177,6 @@ def train_ar(
 
 def window_flops(config: Config, context: int | None = None) -> dict[str, float]:
     """FLOPs of one forward of the transformer over one window, by part; the encoders are left out."""
-    from pointillist_jax.models.condition import context_length
-
     m = config.model
     slots = (3 * m.bins + m.num_faces) / 4
     return decoder_flops(
@@ -181,10 +202,10 @@ def summarize(workdir: Path, store: TokenStore, config: Config, held_out: tuple[
     if evaluations:
         last = evaluations[-1]
         by_name = {k.removeprefix("eval_"): round(v, 4) for k, v in last.items() if k.startswith("eval_")}
-        summary["model"] = {k: v for k, v in by_name.items() if not k.startswith("shuffled_")}
-        if "shuffled_loss" in by_name:
+        summary["model"] = {k: v for k, v in by_name.items() if not k.startswith("exchanged_")}
+        if "exchanged_loss" in by_name:
             summary["conditions_exchanged"] = {
-                k.removeprefix("shuffled_"): v for k, v in by_name.items() if k.startswith("shuffled_loss")
+                k.removeprefix("exchanged_"): v for k, v in by_name.items() if k.startswith("exchanged_loss")
             }
     if held_out and len(training) > 1:
         known, unseen = ([store.tokens(store.index(name)) for name in names] for names in (training, held_out))
@@ -222,18 +243,26 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 
 def _open(workdir: Path) -> Path:
-    # Only the first process deletes; the others meet what it left.
-    if jax.process_index():
-        return workdir
-    return open_workdir(workdir, OUTPUTS, resume=RESUME.value, overwrite=OVERWRITE.value)
+    """Process 0 opens the folder; the others wait until it has deleted what it is to delete."""
+    problem = None
+    if jax.process_index() == 0:
+        try:
+            workdir = open_workdir(workdir, OUTPUTS, resume=RESUME.value, overwrite=OVERWRITE.value)
+        except UserError as error:
+            problem = error
+    if jax.process_count() > 1 and not multihost_utils.broadcast_one_to_all(np.array(problem is None)):
+        problem = problem or UserError(f"--workdir={workdir} cannot be used; process 0 says why.")
+    if problem is not None:
+        raise problem
+    return workdir
 
 
-def _profile(text: str) -> tuple[int, int] | None:
+def _profile(text: str, steps: int) -> tuple[int, int] | None:
     if not text:
         return None
     match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
-    if not match or int(match[1]) > int(match[2]):
-        raise UserError(f"--profile={text} must be first:last step, e.g. 20:22.")
+    if not match or not 1 <= int(match[1]) <= min(int(match[2]), steps):
+        raise UserError(f"--profile={text} must be first:last step of the {steps}, e.g. {max(steps - 2, 1)}:{steps}.")
     return int(match[1]), int(match[2])
 
 

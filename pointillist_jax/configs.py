@@ -149,7 +149,8 @@ class TrainConfig:
       weight_decay: AdamW, on matrices only.
       clip_norm: of the global gradient; 0 is off.
       accumulate: micro-batches per step, for batches that do not fit.
-      ema_decay: of an averaged copy of the parameters; 0 is off.
+      z_loss: weight of the mean of log²(Σ exp logits), which keeps logits from drifting; 0 is off. Stage one only.
+      ema_decay: of an averaged copy of the parameters, which is then what is evaluated and loaded; 0 is off.
       log_every, eval_every, checkpoint_every: steps. keep: newest checkpoints that stay.
     """
 
@@ -163,6 +164,7 @@ class TrainConfig:
     b2: float = 0.95
     clip_norm: float = 1.0
     accumulate: int = 1
+    z_loss: float = 0.0
     ema_decay: float = 0.0
     log_every: int = 10
     eval_every: int = 500
@@ -174,6 +176,7 @@ class TrainConfig:
             raise UserError(f"train.schedule={self.schedule!r} must be constant or cosine.")
         low = {"steps": 1, "batch_size": 1, "warmup_steps": 0, "accumulate": 1, "log_every": 1, "eval_every": 0}
         low |= {"checkpoint_every": 1, "keep": 1, "learning_rate": 0, "weight_decay": 0, "clip_norm": 0, "ema_decay": 0}
+        low |= {"z_loss": 0}
         for name, least in low.items():
             if getattr(self, name) < least:
                 raise UserError(f"train.{name}={getattr(self, name)} must be at least {least}.")

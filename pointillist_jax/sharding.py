@@ -100,21 +100,49 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, nn.logical_to_mesh_axes(("batch",), RULES))
 
 
+def batch_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """(index, count): which part of every batch this process reads, of how many.
+
+    Processes that only differ on `tensor` or `context` hold the same examples, so they have to read the same part.
+
+    Args:
+      process: index of another process, for tests.
+
+    Raises:
+      UserError: this process shares some examples, but not all, with another one.
+    """
+    process = jax.process_index() if process is None else process
+    ids = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(_batch_parts(mesh), -1)
+    held = {i: tuple(np.flatnonzero((ids == i).any(axis=1)).tolist()) for i in set(ids.ravel().tolist())}
+    parts = sorted(set(held.values()))
+    if sum(map(len, parts)) != len(ids) or len(set(map(len, parts))) > 1:
+        raise UserError(
+            f"the mesh {dict(mesh.shape)} gives processes overlapping parts of a batch: choose tensor × context so "
+            "that it divides the devices of one process or is a multiple of them."
+        )
+    return parts.index(held[process]), len(parts)
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """This process's part of a batch (NumPy [B / processes, ...]) → global arrays on the mesh."""
-    sharding = batch_sharding(mesh)
+    """This process's part of a batch (`batch_share`; NumPy [B / count, ...]) → global arrays on the mesh."""
+    sharding, parts = batch_sharding(mesh), _batch_parts(mesh)
+    count = batch_share(mesh)[1] if jax.process_count() > 1 else 1
 
     def one(x):
         x = np.asarray(x)
-        parts = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
-        if x.shape[0] * jax.process_count() % parts:
+        size = x.shape[0] * count
+        if size % parts:
             raise UserError(
-                f"a batch of {x.shape[0] * jax.process_count()} does not divide over data × fsdp = {parts} devices: "
-                "change the batch size or the mesh."
+                f"a batch of {size} does not divide over data × fsdp = {parts} devices: change the batch size or the "
+                "mesh."
             )
-        return jax.make_array_from_process_local_data(sharding, x)
+        return jax.make_array_from_process_local_data(sharding, x, (size, *x.shape[1:]))
 
     return jax.tree.map(one, batch)
+
+
+def _batch_parts(mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
 
 
 def start_processes(coordinator: str, num_processes: int | None = None, process_id: int | None = None) -> None:

@@ -6,7 +6,7 @@ atomically after each. Layout:
 
     <store>/meta.json
     <store>/tokens-00000.array_record …
-    <store>/features/<kind>/<subject>.npz      (precomputed by frozen encoders, optional)
+    <store>/features/<kind>/                   (of frozen encoders, optional: data/condition_features.py)
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import dataclasses
 import json
 import os
 import re
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from pointillist_jax.data.byte_cache import ByteCache
 from pointillist_jax.data.records import pack_record, unpack_record
 from pointillist_jax.files import (
     FileFormatError,
@@ -121,7 +120,7 @@ class TokenStore:
 
     def __init__(self, path: str | os.PathLike, *, cache_bytes: int = 1 << 30):
         self.path = Path(path)
-        self.cache_bytes = cache_bytes
+        self._cache = ByteCache(cache_bytes)
         self._meta = _read_meta(self.path)
         self.spec: StoreSpec = read_spec(self.path, self._meta)
         entries = self._meta["subjects"]
@@ -134,15 +133,11 @@ class TokenStore:
         self._reset()
 
     def _reset(self) -> None:
-        self._lock = threading.Lock()
         self._readers: dict[str, Any] = {}
-        self._cache: OrderedDict[int, tuple[dict, dict[str, np.ndarray], int]] = OrderedDict()
-        self._cached_bytes = 0
         self._checked: set[int] = set()
 
     def __getstate__(self) -> dict:
-        hidden = ("_lock", "_readers", "_cache", "_cached_bytes", "_checked")
-        return {key: value for key, value in vars(self).items() if key not in hidden}
+        return {key: value for key, value in vars(self).items() if key not in ("_readers", "_checked")}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
@@ -199,29 +194,16 @@ class TokenStore:
                 raise FileFormatError(f"{self.path}: tokens of {name}: {error}")
 
     def features_path(self, kind: str, i: int) -> Path:
-        """Where the arrays a frozen encoder computed for subject i are kept; `kind` names encoder and settings.
-
-        The file belongs to whoever computes it (`files.write_npz`, `files.read_npz`); the store only gives it a place.
-        """
+        """Where `data.condition_features` keeps what frozen encoders computed for subject i; `kind` names them."""
         if not re.fullmatch(r"[\w.-]{1,100}", kind) or kind.startswith("."):
             raise UserError(f"features kind {kind!r} must be letters, digits, '.', '_' and '-'.")
         return self.path / "features" / kind / f"{self.subjects[i]}.npz"
 
     def _record(self, i: int) -> dict[str, np.ndarray]:
         i = range(len(self))[i]
-        with self._lock:
-            if i in self._cache:
-                self._cache.move_to_end(i)
-                return self._cache[i][1]
-            # Inside the lock: threads that want the same subject wait for one read instead of reading it each.
-            info, arrays, size = self._read(i)
-            self._cache[i] = (info, arrays, size)
-            self._cached_bytes += size
-            while self._cached_bytes > self.cache_bytes and len(self._cache) > 1:
-                self._cached_bytes -= self._cache.popitem(last=False)[1][2]
-            return arrays
+        return self._cache.get(i, lambda: self._read(i))
 
-    def _read(self, i: int) -> tuple[dict, dict[str, np.ndarray], int]:
+    def _read(self, i: int) -> tuple[dict[str, np.ndarray], int]:
         entry = self._meta["subjects"][i]
         source = f"{self.path / entry['shard']}: record {entry['record']}"
         try:
@@ -237,7 +219,7 @@ class TokenStore:
         if i not in self._checked:
             _check_record(source, info, arrays, entry, self.spec)
             self._checked.add(i)
-        return info, arrays, len(data)
+        return arrays, len(data)
 
 
 def open_store(

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from pointillist_jax.data.condition_features import ConditionFeatures
 from pointillist_jax.data.streams import Batches, locate, prefix_sums
 from pointillist_jax.data.token_store import FLAME_FIELDS, TokenStore
 from pointillist_jax.files import UserError
@@ -34,8 +35,9 @@ class WindowSource:
     """Random access to all windows of the chosen subjects. Picklable; NumPy only.
 
     Record `i` is a dict: `tokens`, `targets`, `positions` [T] int32, `mask` [T] bool, `length` int32 (tokens that are
-    not P), `subject` int32 (index in the store), `window` int32, and what `condition` names:
-    `condition = {"portrait": [side, side, 3] uint8, "flame": {name: [n] float32}}`.
+    not P), `subject` int32 (index in the store), `window` int32, and what `condition` and `features` ask for:
+    `condition = {"portrait": [side, side, 3] uint8, "flame": {name: [n] float32}, "features": {"image": [1 + T, Di],
+    "points": [Q, Dp]}}`.
     """
 
     def __init__(
@@ -46,6 +48,8 @@ class WindowSource:
         *,
         subjects: Sequence[str] | None = None,
         condition: Sequence[str] = (),
+        features: ConditionFeatures | None = None,
+        exchange_conditions: bool = False,
         new_targets_only: bool = False,
     ):
         """See `window_batches`."""
@@ -62,13 +66,17 @@ class WindowSource:
             raise UserError("subjects names a subject twice.")
         self.store, self.window, self.stride = store, window, stride
         self.indices = np.array([store.index(name) for name in names], np.int64)
-        self.condition, self.new_targets_only = tuple(condition), new_targets_only
-        if "portrait" in condition and not store.has_portrait[self.indices].all():
+        self.condition, self.features, self.new_targets_only = tuple(condition), features, new_targets_only
+        givers = np.roll(self.indices, -1) if exchange_conditions else self.indices
+        self._givers = dict(zip(self.indices.tolist(), givers.tolist(), strict=True))
+        if ("portrait" in condition or features is not None) and not store.has_portrait[self.indices].all():
             bad = [store.subjects[i] for i in self.indices if not store.has_portrait[i]]
             raise UserError(
                 f"{len(bad)} of {len(names)} subjects of {store.path} have no portrait, e.g. {bad[0]!r}: tokenise them "
                 "with --captures, choose others with subjects, or train without the portrait."
             )
+        if features is not None:
+            features.require(names)
         lengths = store.lengths[self.indices]
         counts = 1 + -(-np.maximum(lengths - window, 0) // stride)
         self.offsets = prefix_sums(counts)
@@ -92,20 +100,21 @@ class WindowSource:
             first = t - self.stride
         record["mask"][first : len(following)] = True
         record["length"] = np.int32(length)
-        if self.condition:
-            record["condition"] = self._condition_of(subject)
+        if condition := self._condition_of(subject):
+            record["condition"] = condition
         return record
 
     def empty(self) -> dict[str, Any]:
         record = self._blank(0, -1, -1)
-        if self.condition:
-            record["condition"] = _zeros_like(self._condition_of(int(self.indices[0])))
+        if condition := self._condition_of(int(self.indices[0])):
+            record["condition"] = _zeros_like(condition)
         return record
 
     def fingerprint(self) -> dict[str, Any]:
         chosen = [(self.store.subjects[i], int(self.store.lengths[i]), self.store.fit_sha256[i]) for i in self.indices]
         spec = json.dumps([self.store.spec.to_json(), chosen], sort_keys=True).encode()
         return {
+            "features": None if self.features is None else json.dumps(self.features.spec.to_json(), sort_keys=True),
             "subjects": len(chosen),
             "window": self.window,
             "stride": self.stride,
@@ -126,8 +135,13 @@ class WindowSource:
         }
 
     def _condition_of(self, subject: int) -> dict[str, Any]:
-        condition = self.store.condition(subject)
+        subject = self._givers[subject]
         chosen: dict[str, Any] = {}
+        if self.features is not None:
+            chosen["features"] = self.features[subject]
+        if not self.condition:
+            return chosen
+        condition = self.store.condition(subject)
         if "portrait" in self.condition:
             chosen["portrait"] = condition["portrait"]
         if "flame" in self.condition:
@@ -143,14 +157,15 @@ def window_batches(
     stride: int | None = None,
     subjects: Sequence[str] | None = None,
     condition: Sequence[str] = (),
+    features: ConditionFeatures | None = None,
+    exchange_conditions: bool = False,
     new_targets_only: bool = False,
     **how: Any,
 ) -> Batches:
     """Batches of windows.
 
     A batch is a dict of NumPy arrays with a leading axis B: `tokens`, `targets`, `positions` [B, T] int32, `mask`
-    [B, T] bool, `length`, `subject`, `window` [B] int32 and `condition` as asked. Where features are precomputed, leave
-    `condition` empty and look them up by `subject`.
+    [B, T] bool, `length`, `subject`, `window` [B] int32 and `condition` as asked.
 
     Args:
       store: from `open_store`.
@@ -159,16 +174,25 @@ def window_batches(
       stride: from one window to the next, a multiple of 4; None is the window (no overlap).
       subjects: names to use; None takes all. See `split_subjects`.
       condition: which of `CONDITIONS` every row carries.
+      features: of frozen encoders, which every row carries as `condition["features"]`.
+      exchange_conditions: every subject carries the condition of the next one: a test of whether it is used.
       new_targets_only: mask out targets that the window before had too, so that an evaluation with overlap scores
         every token once, with more context.
       how: seed, shuffle, num_epochs, process_index, process_count, drop_remainder, num_workers, num_threads, prefetch
         of `streams.Batches`.
 
     Raises:
-      UserError: a window or stride that is no multiple of 4, unknown subjects, subjects without portrait.
+      UserError: a window or stride that is no multiple of 4, unknown subjects, subjects without portrait or features.
     """
     source = WindowSource(
-        store, window, stride, subjects=subjects, condition=condition, new_targets_only=new_targets_only
+        store,
+        window,
+        stride,
+        subjects=subjects,
+        condition=condition,
+        features=features,
+        exchange_conditions=exchange_conditions,
+        new_targets_only=new_targets_only,
     )
     return Batches(source, batch_size, **how)
 

@@ -45,35 +45,48 @@ def point_encoder(config: EncoderConfig, dtype: str = "float32") -> PointEncoder
     raise UserError(f"no point encoder {config.points!r}; there are tiny and michelangelo.")
 
 
+def encoder_specs(config: ModelConfig) -> dict[str, Any]:
+    """The parameters of both encoders."""
+    return {
+        "image_encoder": dinov2_param_specs(image_encoder(config.encoder)),
+        "point_encoder": point_encoder_param_specs(point_encoder(config.encoder)),
+    }
+
+
 def condition_specs(config: ModelConfig) -> dict[str, Any]:
     """The trainable parameters: projections, and the encoders unless they are frozen."""
-    encoder, specs = config.encoder, {}
-    image, points = image_encoder(encoder), point_encoder(encoder)
-    axes = ("embed", "table_embed")
-    for name, width in (("image", image.width), ("shape", points.width), ("parts", points.width)):
-        specs[f"{name}_projection"] = linear_specs(width, config.width, axes)
-    if not encoder.frozen:
-        specs |= {"image_encoder": dinov2_param_specs(image), "point_encoder": point_encoder_param_specs(points)}
-    return specs
+    axes, shapes = ("embed", "table_embed"), feature_shapes(config)
+    widths = {"image": shapes["image"][1], "shape": shapes["points"][1], "parts": shapes["points"][1]}
+    specs = {f"{name}_projection": linear_specs(width, config.width, axes) for name, width in widths.items()}
+    return specs if config.encoder.frozen else {**specs, **encoder_specs(config)}
+
+
+def feature_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """{"image": (1 + T, Di), "points": (Q, Dp)}: what `encode_features` gives for one subject."""
+    image, points = image_encoder(config.encoder), point_encoder(config.encoder)
+    patches = (config.encoder.image_size // image.patch) ** 2
+    return {"image": (1 + patches, image.width), "points": (points.queries, points.width)}
 
 
 def context_length(config: ModelConfig) -> int:
     """S, for portraits of the configured size."""
-    image = image_encoder(config.encoder)
-    return 1 + (config.encoder.image_size // image.patch) ** 2 + point_encoder(config.encoder).queries
+    return sum(tokens for tokens, _ in feature_shapes(config).values())
 
 
 def encode_features(
-    params: Params,
+    encoders: Params,
     config: ModelConfig,
     head: FlameModel,
     portrait: UInt8[Array, "B h w 3"],
     flame: Mapping[str, Float[Array, "B n"]],
 ) -> dict[str, Array]:
-    """Runs both encoders: what is stored when they are frozen.
+    """Runs both encoders. What frozen ones give may be stored (`data.condition_features`).
+
+    Frozen encoders compute in float32 whatever the transformer does: their features are made once and should not
+    depend on its settings.
 
     Args:
-      params: with `image_encoder` and `point_encoder`.
+      encoders: has `image_encoder` and `point_encoder`.
       head: whose parameters `flame` holds.
       portrait: resized to the configured size.
       flame: name → coefficients of the portrait. Global rotation and translation are the camera's business and are
@@ -83,19 +96,20 @@ def encode_features(
       {"image": [B, 1 + T, Di] cls and patches, "points": [B, Q, Dp]}.
     """
     encoder = config.encoder
+    dtype = "float32" if encoder.frozen else config.dtype
     with jax.named_scope("encode_image"):
         size = encoder.image_size
         images = portrait.astype(jnp.float32) / 255
         if images.shape[1:3] != (size, size):
             images = jax.image.resize(images, (images.shape[0], size, size, 3), "cubic")
         normalised = normalize_images(images)
-        seen = image_encoder(encoder, config.dtype).apply({"params": params["image_encoder"]}, normalised)
+        seen = image_encoder(encoder, dtype).apply({"params": encoders["image_encoder"]}, normalised)
         image = jnp.concatenate([seen["cls"][:, None], seen["patch_tokens"]], axis=1)
     with jax.named_scope("encode_points"):
         pose = FlameParams(**flame)
         still = pose.replace(rotation=jnp.zeros_like(pose.rotation), translation=jnp.zeros_like(pose.translation))
         cloud = head_points(head, flame_vertices(head, still), encoder.num_points)
-        points = point_encoder(encoder, config.dtype).apply({"params": params["point_encoder"]}, cloud)
+        points = point_encoder(encoder, dtype).apply({"params": encoders["point_encoder"]}, cloud)
     return {"image": image, "points": points}
 
 
@@ -114,28 +128,27 @@ def project_features(params: Params, config: ModelConfig, features: Features) ->
 
 
 def encode_condition(
-    params: Params,
-    config: ModelConfig,
-    head: FlameModel,
-    portrait: UInt8[Array, "B h w 3"],
-    flame: Mapping[str, Float[Array, "B n"]],
-    frozen: Params | None = None,
+    params: Params, config: ModelConfig, head: FlameModel, condition: Mapping[str, Any]
 ) -> Float[Array, "B S D"]:
-    """Portrait and FLAME parameters → context, in the dtype of the computation.
+    """A condition → context, in the dtype of the computation.
 
     Args:
-      params: as `condition_specs`.
-      frozen: the encoders' parameters where `params` has none; they get no gradients.
+      params: as `condition_specs`. Where frozen encoders are to be run, their parameters beside them
+        (`convert.load_frozen_encoders`); they get no gradients.
+      condition: {"features": as `encode_features` gives} or {"portrait": [B, h, w, 3] uint8, "flame": {name: [B, n]}},
+        as windows carry them. Features are taken before anything is encoded.
 
     Raises:
-      UserError: frozen encoders without their parameters.
+      UserError: frozen encoders with neither features nor their parameters.
     """
-    if not config.encoder.frozen:
-        return project_features(params, config, encode_features(params, config, head, portrait, flame))
-    if frozen is None:
+    if "features" in condition:
+        return project_features(params, config, condition["features"])
+    if not {"image_encoder", "point_encoder"} <= set(params):
         raise UserError(
-            "the encoders are frozen, but their weights are not given: compute features first, or train them with "
-            "--config.model.encoder.frozen=false."
+            "the encoders are frozen, but neither features nor weights are given: compute features first (python -m "
+            "experiments.encode_conditions), or train encoders along with --config.model.encoder.frozen=false."
         )
-    features = jax.lax.stop_gradient(encode_features(frozen, config, head, portrait, flame))
+    features = encode_features(params, config, head, condition["portrait"], condition["flame"])
+    if config.encoder.frozen:
+        features = jax.lax.stop_gradient(features)
     return project_features(params, config, features)

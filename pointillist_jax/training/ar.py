@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from pointillist_jax.configs import ModelConfig
-from pointillist_jax.data.token_store import TokenStore
 from pointillist_jax.flame import FlameModel
 from pointillist_jax.losses.cross_entropy import slot_cross_entropy
 from pointillist_jax.models.ar import hidden_states, output_tables, param_specs
@@ -33,14 +32,19 @@ def init_params(config: ModelConfig) -> Callable[[Key], Params]:
 
 
 def encode(
-    params: Params, config: ModelConfig, head: FlameModel, condition: Mapping[str, Any]
+    params: Params, config: ModelConfig, head: FlameModel, condition: Mapping[str, Any], frozen: Params | None = None
 ) -> Float[Array, "B S D"]:
-    """The context of a batch from its `condition`: portraits and FLAME parameters, as windows carry them."""
-    return encode_condition(params["condition"], config, head, condition["portrait"], condition["flame"])
+    """The context of a batch from its `condition`: portraits and FLAME parameters or stored features.
+
+    Args:
+      condition: as windows carry it (`models.condition.encode_condition`).
+      frozen: parameters of frozen encoders (`convert.load_frozen_encoders`), where portraits are to be encoded.
+    """
+    return encode_condition({**params["condition"], **(frozen or {})}, config, head, condition)
 
 
 def make_loss(config: ModelConfig, head: FlameModel, z_loss: float = 0.0) -> LossFn:
-    """The next-token loss over a batch of windows (`data.windows`), as sums."""
+    """The next-token loss over a batch of windows (`data.windows`), as sums. `z_loss`: see `TrainConfig`."""
 
     def loss_fn(params: Params, batch: Batch, key: Key):
         del key  # Nothing here is random: the paper names no dropout.
@@ -51,8 +55,8 @@ def make_loss(config: ModelConfig, head: FlameModel, z_loss: float = 0.0) -> Los
         loss = slot_cross_entropy(
             hidden, targets, output_tables(transformer, config), config.tokenizer.eos, z_loss=z_loss
         )
-        nll = jnp.sum(loss.nll)
-        return loss.total, loss.count, {"nll": (nll, loss.count), **loss.metrics()}
+        extra = {"nll": (jnp.sum(loss.nll), loss.count), **loss.metrics()}
+        return loss.total, loss.count, extra
 
     return loss_fn
 
@@ -65,7 +69,7 @@ def make_evaluation(
     Args:
       loss_fn: from `make_loss`, without z-loss.
       batches: makes a stream; called with a name for every evaluation.
-      names: which streams; the metrics of "shuffled" are `shuffled_loss` and so on, those of "" have no prefix.
+      names: which streams; the metrics of "exchanged" are `exchanged_loss` and so on, those of "" have no prefix.
     """
 
     @jax.jit
@@ -88,22 +92,3 @@ def make_evaluation(
         return found
 
     return evaluate
-
-
-def shuffled_conditions(store: TokenStore, subjects: tuple[str, ...]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """A function that gives every row of a batch the condition of the next of `subjects`: a test of its use."""
-    indices = [store.index(name) for name in subjects]
-    following = dict(zip(indices, indices[1:] + indices[:1], strict=True))
-
-    def change(batch: Mapping[str, Any]) -> dict[str, Any]:
-        rows = [following.get(int(i)) for i in batch["subject"]]
-        conditions = [store.condition(indices[0] if row is None else row) for row in rows]
-        kept = batch["condition"]
-        condition = {}
-        if "portrait" in kept:
-            condition["portrait"] = np.stack([c["portrait"] for c in conditions])
-        if "flame" in kept:
-            condition["flame"] = {name: np.stack([c["flame"][name] for c in conditions]) for name in kept["flame"]}
-        return {**batch, "condition": condition}
-
-    return change

@@ -1,7 +1,8 @@
 """Checkpoints of a training run: Orbax, one folder per step, with the data position inside (DESIGN §10).
 
-<workdir>/checkpoints/<step>/params   what generation and evaluation read (the average where there is one)
-                             state    everything else a step changes, and the live parameters
+<workdir>/checkpoints/<step>/params   the parameters the optimiser moves
+                             ema      their average, if the run keeps one: what evaluation and generation read then
+                             state    what else a step changes: optimiser, step, key
                              data     the Grain iterator of every process
                              meta     config, tokenizer, versions (JSON)
 """
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
-from pointillist_jax.files import UserError
+from pointillist_jax.files import FileFormatError, UserError
 from pointillist_jax.training.state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -55,15 +57,9 @@ class Checkpoints:
         step = int(state.step)
         if step in self.steps:
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.averaged_params),
-                state=ocp.args.StandardSave(_without_ema(state)),
-                data=ocp.args.JsonSave(data.get_state()),
-                meta=ocp.args.JsonSave(meta),
-            ),
-        )
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        items |= {"data": ocp.args.JsonSave(data.get_state()), "meta": ocp.args.JsonSave(meta)}
+        self._manager.save(step, args=ocp.args.Composite(**items))
 
     def reached_preemption(self, step: int) -> bool:
         """True when the machine's scheduler has announced that it takes this job's machines away."""
@@ -88,9 +84,8 @@ class Checkpoints:
             try:
                 return self._restore(step, abstract, data)
             except Exception as error:  # Orbax and TensorStore raise many kinds for damaged or missing files.
-                reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-                problems.append(f"step {step}: {reason}")
-                _log.warning("checkpoint %s of %s is skipped: %s", step, self.folder, reason)
+                problems.append(f"step {step}: {_reason(error)}")
+                _log.warning("checkpoint %s of %s is skipped: %s", step, self.folder, _reason(error))
         if problems:
             raise UserError(
                 f"none of the {len(problems)} checkpoints in {self.folder} fits this run ({problems[0]}): resume with "
@@ -99,23 +94,23 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, abstract: TrainState, data: Any) -> tuple[TrainState, dict[str, Any]]:
-        items = {
-            "params": ocp.args.StandardRestore(abstract.averaged_params),
-            "state": ocp.args.StandardRestore(_without_ema(abstract)),
-            "data": ocp.args.JsonRestore(),
-            "meta": ocp.args.JsonRestore(),
-        }
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
+        items |= {"data": ocp.args.JsonRestore(), "meta": ocp.args.JsonRestore()}
         found = self._manager.restore(step, args=ocp.args.Composite(**items))
         data.set_state(found["data"])
-        state = TrainState(**found["state"], ema=found["params"] if abstract.ema is not None else None)
-        return state, found["meta"]
+        return TrainState(params=found["params"], ema=found.get("ema"), **found["state"]), found["meta"]
 
 
-def load_params(workdir: str | os.PathLike, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+def load_params(workdir: str | os.PathLike, step: int | None = None, *, ema: bool = True) -> tuple[Any, dict[str, Any]]:
     """Parameters and meta of a run's newest (or given) checkpoint, as NumPy, without its optimiser state.
+
+    Args:
+      workdir: of the run, made on any mesh.
+      ema: their average where the run kept one; False takes the parameters themselves.
 
     Raises:
       FileNotFoundError: no checkpoint there.
+      FileFormatError: it is damaged.
     """
     folder = Path(workdir).resolve()
     folder = folder if folder.name == "checkpoints" else folder / "checkpoints"
@@ -123,13 +118,26 @@ def load_params(workdir: str | os.PathLike, step: int | None = None) -> tuple[An
     if not steps or (step is not None and step not in steps):
         raise FileNotFoundError(f"{folder} has no checkpoint{'' if step is None else f' {step}'}: check the path.")
     folder = folder / str(steps[-1] if step is None else step)
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        params = reader.restore(folder / "params")
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        meta = reader.restore(folder / "meta")
+    item = folder / ("ema" if ema and (folder / "ema").is_dir() else "params")
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            tree = reader.metadata(item).item_metadata.tree
+            # As NumPy: arrays would ask for the devices they were saved from.
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            params = reader.restore(item, args=ocp.args.PyTreeRestore(restore_args=how))
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            meta = reader.restore(folder / "meta")
+    except Exception as error:  # Orbax and TensorStore raise many kinds for damaged or missing files.
+        raise FileFormatError(f"{item} cannot be read ({_reason(error)}): name an earlier step.") from None
     return params, meta
 
 
-def _without_ema(state: TrainState) -> dict[str, Any]:
-    """What `state` holds on disk. The average is the `params` item, so it is not written twice."""
-    return {name: getattr(state, name) for name in ("step", "params", "opt_state", "key")}
+def _items(state: TrainState) -> dict[str, Any]:
+    """The parts of a state that lie in a folder each."""
+    rest = {name: getattr(state, name) for name in ("step", "opt_state", "key")}
+    items = {"params": state.params, "state": rest}
+    return items if state.ema is None else {**items, "ema": state.ema}
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

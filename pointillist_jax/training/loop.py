@@ -99,16 +99,17 @@ def train(
             raise _diverged(pending, checkpoints)
         pending = None
 
-    with _Stop() as stop, MetricLog(workdir, first, config.steps, bar=bar) as log:
+    with _Stop() as stop, MetricLog(workdir, first, config.steps, bar=bar) as log, _Profile(profile, workdir) as trace:
         clock = _Clock()
         for step in range(first + 1, config.steps + 1):
-            _profile(profile, step, workdir)
+            trace.before(step)
             with clock.waiting():
                 batch = next(stream)
             said = describe(batch)
             arrays = shard_batch(batch, mesh)
             with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
                 state, metrics = step_fn(state, arrays)
+            trace.after(step, metrics)
             check()
             pending = (step, metrics, said)
             log.advance()
@@ -203,8 +204,27 @@ class _Clock:
         return rates
 
 
-def _profile(steps: tuple[int, int] | None, step: int, workdir: Path) -> None:
-    if steps is not None and step == steps[0]:
-        jax.profiler.start_trace(str(workdir / "profile"))
-    if steps is not None and step == steps[1] + 1:
-        jax.profiler.stop_trace()
+class _Profile:
+    """Traces the steps from `first` to `last`, or those of them that this run makes."""
+
+    def __init__(self, steps: tuple[int, int] | None, workdir: Path):
+        self._first, self._last = steps or (1, 0)
+        self._folder, self._running = str(workdir / "profile"), False
+
+    def __enter__(self) -> _Profile:
+        return self
+
+    def before(self, step: int) -> None:
+        if self._first <= step <= self._last and not self._running:
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+
+    def after(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        if self._running and step >= self._last:
+            jax.block_until_ready(metrics)
+            self.__exit__()
+
+    def __exit__(self, *_) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()

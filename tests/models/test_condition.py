@@ -12,7 +12,13 @@ import pytest
 from pointillist_jax.configs import EncoderConfig, ModelConfig
 from pointillist_jax.files import UserError
 from pointillist_jax.flame import open_head
-from pointillist_jax.models.condition import condition_specs, context_length, encode_condition, encode_features
+from pointillist_jax.models.condition import (
+    condition_specs,
+    context_length,
+    encode_condition,
+    encode_features,
+    feature_shapes,
+)
 from pointillist_jax.models.layers import init_params
 
 CONFIG = ModelConfig(width=24, encoder=EncoderConfig(image_size=28, num_points=40))
@@ -22,7 +28,7 @@ CONFIG = ModelConfig(width=24, encoder=EncoderConfig(image_size=28, num_points=4
 def setup():
     head = open_head("coarse")
     params = init_params(condition_specs(CONFIG), jax.random.PRNGKey(0))
-    encode = jax.jit(lambda p, image, flame: encode_condition(p, CONFIG, head, image, flame))
+    encode = jax.jit(lambda p, image, flame: encode_condition(p, CONFIG, head, {"portrait": image, "flame": flame}))
     return head, params, encode
 
 
@@ -64,28 +70,27 @@ def test_the_whole_shape_and_its_parts_have_a_projection_each(setup, rng):
     assert np.flatnonzero(changed).tolist() == [5]
 
 
-def test_frozen_encoders_get_no_gradients_and_need_their_weights(setup, rng):
+def test_frozen_encoders_get_no_gradients_and_stored_features_stand_for_them(setup, rng):
     head, params, encode = setup
     image, flame = inputs(rng, head)
+    seen = {"portrait": image, "flame": flame}
     frozen = dataclasses.replace(CONFIG, encoder=dataclasses.replace(CONFIG.encoder, frozen=True))
     assert set(condition_specs(frozen)) == {"image_projection", "shape_projection", "parts_projection"}
-    with pytest.raises(UserError, match="weights are not given"):
-        encode_condition(params, frozen, head, image, flame)
+    encoders = {k: v for k, v in params.items() if k.endswith("_encoder")}
+    projections = {k: v for k, v in params.items() if k.endswith("_projection")}
+    with pytest.raises(UserError, match="neither features nor weights"):
+        encode_condition(projections, frozen, head, seen)
 
     @jax.jit
     def gradient(encoders, projections):
-        loss = lambda e, p: jnp.sum(encode_condition(p, frozen, head, image, flame, frozen=e) ** 2)  # noqa: E731
+        loss = lambda e, p: jnp.sum(encode_condition({**p, **e}, frozen, head, seen) ** 2)  # noqa: E731
         return jax.value_and_grad(loss, argnums=(0, 1))(encoders, projections)
 
-    encoders = {k: v for k, v in params.items() if k.endswith("_encoder")}
-    projections = {k: v for k, v in params.items() if k.endswith("_projection")}
     loss, (none, some) = gradient(encoders, projections)
     assert loss == pytest.approx(float(jnp.sum(encode(params, image, flame) ** 2)), rel=1e-4)
     assert all(not np.any(x) for x in jax.tree.leaves(none))
     assert all(np.any(x) for x in jax.tree.leaves(some))
-
-
-def test_features_are_what_the_projections_read(setup, rng):
-    head, params, _ = setup
-    features = encode_features(params, CONFIG, head, *inputs(rng, head, 1))
-    assert {k: v.shape for k, v in features.items()} == {"image": (1, 5, 64), "points": (1, 17, 64)}
+    features = jax.jit(lambda e: encode_features(e, frozen, head, image, flame))(encoders)
+    assert {name: x.shape[1:] for name, x in features.items()} == feature_shapes(frozen)
+    stored = encode_condition(projections, frozen, head, {"features": features})
+    np.testing.assert_allclose(stored, encode(params, image, flame), atol=1e-5)

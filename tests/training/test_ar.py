@@ -1,93 +1,87 @@
-"""Stage one end to end on a small store: learning, bitwise resume, evaluation, what is refused."""
+"""Stage one end to end on a small store: resume, kills, meshes, processes, what is refused."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from absl import flags
 
-from pointillist_jax.configs import Config, DataConfig, EncoderConfig, ModelConfig, TrainConfig
-from pointillist_jax.data.token_store import FLAME_FIELDS, StoreSpec, StoreWriter, SubjectRecord, open_store
+from pointillist_jax.data.windows import window_batches
+from pointillist_jax.files import UserError
 from pointillist_jax.flame import open_head
-from pointillist_jax.tokens import PointTokenizer
-from pointillist_jax.training import ar
+from pointillist_jax.training.checkpoints import Checkpoints, load_params
 from pointillist_jax.training.metric_log import read_metrics
-
-CONFIG = Config(
-    model=ModelConfig(
-        width=32, layers=1, heads=2, head_dim=16, mlp_width=64, window=64, scan_layers=True,
-        encoder=EncoderConfig(image_size=14, num_points=16),
-    ),
-    data=DataConfig(held_out=2, portrait_size=14),
-    train=TrainConfig(steps=12, batch_size=4, learning_rate=5e-3, warmup_steps=2, log_every=1, eval_every=0,
-                      checkpoint_every=6),
-)  # fmt: skip
+from tests.training import ar_runs
+from tests.training.ar_runs import CONFIG, changed, losses
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """Six people whose clouds are ellipsoids of their own, with portraits of their own grey."""
-    rng, head = np.random.default_rng(0), open_head("coarse")
-    tokenizer = PointTokenizer(num_faces=head.num_faces)
-    path = tmp_path_factory.mktemp("store")
-    neutral = head.neutral_params()
-    records = []
-    for i in range(6):
-        points = rng.normal(size=(40, 3))
-        points *= (0.1 + 0.02 * i) / np.linalg.norm(points, axis=1, keepdims=True)
-        binding = rng.integers(0, 20, 40)
-        flame = {key: np.asarray(getattr(neutral, key)) for key in FLAME_FIELDS}
-        records.append(
-            SubjectRecord(
-                name=f"p{i}", tokens=tokenizer.encode(points, binding), shape=flame["shape"],
-                portrait=np.full((14, 14, 3), 40 * i, np.uint8), flame=flame, fit_sha256=str(i),
-            )
-        )  # fmt: skip
-    writer = StoreWriter(path, StoreSpec(tokenizer, head.sha256, head.source, portrait_size=14))
-    writer.write_shard(records)
-    writer.finish()
-    return open_store(path)
+@pytest.fixture(scope="session")
+def people(tmp_path_factory):
+    return ar_runs.write_people(tmp_path_factory.mktemp("people") / "store")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Compiled programs, kept between processes and between calls in this one."""
+    return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture(scope="module")
-def train(store):
-    # The script's flags belong to its own command line; here only its function is used.
+def train(people, cache):
+    # The script's flags belong to its own command line; here only its functions are used.
     flags.FLAGS.unparse_flags()
     from experiments.train_ar import summarize, train_ar
 
-    config = dataclasses.replace(CONFIG, model=CONFIG.model.for_tokenizer(store.tokenizer))
+    settings = {
+        "jax_compilation_cache_dir": str(cache),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    jax.tree.map(jax.config.update, list(settings), list(settings.values()))
 
-    def run(workdir, steps: int, mesh: str = ""):
-        settings = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
-        state, stopped, held_out = train_ar(store, open_head("coarse"), settings, workdir, mesh=mesh, bar=False)
+    def run(workdir, config=CONFIG):
+        config = dataclasses.replace(config, model=config.model.for_tokenizer(people.tokenizer))
+        state, stopped, held_out = train_ar(people, open_head("coarse"), config, workdir, bar=False)
         assert stopped is None
-        return state, summarize(workdir, store, settings, held_out)
+        return state, summarize(workdir, people, config, held_out)
 
-    return run
-
-
-@pytest.mark.slow
-def test_resumed_equals_uninterrupted_bitwise_and_learns(train, tmp_path):
-    whole, summary = train(tmp_path / "whole", 12)
-    train(tmp_path / "parts", 6)
-    state, _ = train(tmp_path / "parts", 12)
-    jax.tree.map(np.testing.assert_array_equal, state, whole)
-    curves = [[line["loss"] for line in read_metrics(tmp_path / d) if "loss" in line] for d in ("whole", "parts")]
-    assert curves[0] == curves[1]
-    assert curves[0][-1] < curves[0][0] - 0.5
-    assert len(summary["held_out"]) == 2
-    assert set(summary) >= {"unigram", "mean_head", "model", "conditions_exchanged"}
-    assert summary["model"]["loss"] != summary["conditions_exchanged"]["loss"]
-    assert (tmp_path / "whole" / "curve.png").stat().st_size > 5000
-    card = summary["model"]
-    assert card["loss"] == pytest.approx(np.mean([card[f"loss_{s}"] for s in "xyzb"]), abs=0.05)
+    yield run
+    jax.tree.map(jax.config.update, list(before), list(before.values()))
 
 
-def test_exchanged_conditions_belong_to_the_next_subject(store):
-    change = ar.shuffled_conditions(store, ("p1", "p4"))
-    batch = {"subject": np.array([1, 4, -1]), "condition": {"portrait": np.zeros((3, 14, 14, 3), np.uint8)}}
-    greys = change(batch)["condition"]["portrait"][:, 0, 0, 0]
-    assert greys.tolist()[:2] == [160, 40]
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """Four steps without interruption, with an average and a z-loss."""
+    workdir = tmp_path_factory.mktemp("whole")
+    state, _ = train(workdir, changed(ema_decay=0.5, z_loss=1e-2))
+    return workdir, state
+
+
+def test_two_steps_and_two_more_are_four_bitwise(train, whole, tmp_path):
+    train(tmp_path, changed(steps=2, ema_decay=0.5, z_loss=1e-2))
+    state, _ = train(tmp_path, changed(ema_decay=0.5, z_loss=1e-2))
+    assert_same(state, whole[1])
+    assert losses(tmp_path) == losses(whole[0])
+    assert list(losses(tmp_path)) == [1, 2, 3, 4]
+
+
+def test_the_average_is_what_is_loaded_unless_one_asks_for_the_parameters(whole):
+    workdir, state = whole
+    params, meta = load_params(workdir)
+    assert_same(params, state.ema)
+    assert_same(load_params(workdir, ema=False)[0], state.params)
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), state.ema, state.params)
+    assert all(jax.tree.leaves(moved))
+    # What the run was trained on, so that a new portrait can be encoded the same way.
+    assert meta["features"]["kind"] == "tiny-14_tiny-16"
+    assert meta["features"]["weights"] == {"image": "random", "points": "random"}
+    assert meta["config"]["model"]["encoder"]["frozen"] is True
