@@ -41,7 +41,7 @@ from pointillist_jax.data.windows import split_subjects, window_batches
 from pointillist_jax.evaluation.token_baselines import MEAN_HEAD_STAGES, fit_histogram
 from pointillist_jax.files import UserError, atomic_path
 from pointillist_jax.flame import FlameModel
-from pointillist_jax.flops import decoder_flops, device_peak, training_flops
+from pointillist_jax.flops import device_peak, training_flops, transformer_flops
 from pointillist_jax.models.condition import context_length, feature_shapes
 from pointillist_jax.sharding import batch_share, make_mesh, start_processes
 from pointillist_jax.training import ar
@@ -116,7 +116,6 @@ def train_ar(
         features = open_features(store, feature_kind(model.encoder), feature_shapes(model))
     share, shares = batch_share(devices)
     window = {
-        "window": model.window,
         "batch_size": settings.batch_size,
         "condition": () if features else ("portrait", "flame"),
         "features": features,
@@ -126,12 +125,12 @@ def train_ar(
     stream = iter(
         window_batches(
             store,
-            stride=data.stride or None,
             subjects=training,
             seed=seed,
             num_workers=data.num_workers,
             num_threads=data.num_threads,
             prefetch=data.prefetch,
+            **ar.training_window(model, data.stride),
             **window,
         )
     )
@@ -139,7 +138,13 @@ def train_ar(
     def evaluation_batches(name: str):
         exchange = name == "exchanged"
         return window_batches(
-            store, subjects=held_out, shuffle=False, num_epochs=1, exchange_conditions=exchange, **window
+            store,
+            subjects=held_out,
+            shuffle=False,
+            num_epochs=1,
+            exchange_conditions=exchange,
+            **ar.training_window(model),
+            **window,
         )
 
     names = ("", "exchanged") if len(held_out) > 1 else ("",)
@@ -165,32 +170,14 @@ def train_ar(
             schedule=make_schedule(settings),
             evaluate=evaluate,
             describe=lambda batch: "subjects " + ", ".join(store.subjects[i] for i in sorted(set(batch["subject"]))),
-            tokens_per_step=settings.batch_size * model.window,
-            flops_per_step=settings.batch_size * training_flops(window_flops(config)),
+            tokens_per_step=settings.batch_size * model.window_tokens,
+            flops_per_step=settings.batch_size * training_flops(transformer_flops(model, context_length(model))),
             peak_flops=peak and peak.flops,
             profile=profile,
             bar=bar,
         )
     stream.close()
     return state, stopped, held_out
-
-
-def window_flops(config: Config, context: int | None = None) -> dict[str, float]:
-    """FLOPs of one forward of the transformer over one window, by part; the encoders are left out."""
-    m = config.model
-    slots = (3 * m.bins + m.num_faces) / 4
-    return decoder_flops(
-        m.window,
-        context_length(m) if context is None else context,
-        layers=m.layers,
-        width=m.width,
-        heads=m.heads,
-        kv_heads=m.num_kv_heads,
-        head_dim=m.head_dim,
-        ffw=m.mlp_width,
-        gated=m.mlp == "gated",
-        logits=slots if m.loss_support == "slot" else m.tokenizer.vocab_size,
-    )
 
 
 def summarize(workdir: Path, store: TokenStore, config: Config, held_out: tuple[str, ...]) -> dict[str, Any]:

@@ -215,8 +215,11 @@ class ModelConfig:
       num_faces, bins: of the tokenizer; `for_tokenizer` sets them.
       width, layers, heads, head_dim: of the transformer. kv_heads: grouped queries; 0 is one per head.
       mlp: "gated" (GELU) or "plain". mlp_width: of its hidden layer.
+      step: what one position of the transformer stands for (`models/point_step.py`): a "token", as in the paper, or a
+        whole "point" (ours), whose four tokens a chain of small heads emits. slot_layers: MLPs of each of those heads.
       order: "cross_first" as the paper's text says, or "self_first" as its figure draws.
-      window: tokens a token may see, itself included; the length of training windows.
+      window: steps a step may see, itself included; the length of training windows. With step="point" it reaches four
+        times as many tokens.
       qk_norm: RMSNorm on queries and keys. rope_theta: of the rotary positions.
       slot_embedding: a learned row for each of x, y, z, b is added to the input.
       tied_head: the output classifier is the embedding table.
@@ -240,6 +243,8 @@ class ModelConfig:
     mlp: str = "gated"
     mlp_width: int = 384
     order: str = "cross_first"
+    step: str = "token"
+    slot_layers: int = 2
     window: int = 1024
     qk_norm: bool = True
     rope_theta: float = 1e6
@@ -260,6 +265,7 @@ class ModelConfig:
             "order": ("cross_first", "self_first"),
             "coord_tables": ("learned", "fourier_tied"),
             "loss_support": ("vocab", "slot"),
+            "step": ("token", "point"),
             "remat": ("none", "dots", "attention", "full"),
             "dtype": ("float32", "bfloat16", "float64"),
         }
@@ -273,9 +279,17 @@ class ModelConfig:
                 f"model.head_dim={self.head_dim} must be even and model.window={self.window} a multiple of 4."
             )
 
+        if self.slot_layers < 1:
+            raise UserError(f"model.slot_layers={self.slot_layers} must be at least 1.")
+
     @property
     def num_kv_heads(self) -> int:
         return self.kv_heads or self.heads
+
+    @property
+    def window_tokens(self) -> int:
+        """Tokens that a window reaches."""
+        return self.window * (4 if self.step == "point" else 1)
 
     @property
     def tokenizer(self) -> PointTokenizer:

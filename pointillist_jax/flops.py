@@ -83,11 +83,13 @@ def decoder_flops(
     }
 
 
-def transformer_flops(model: ModelConfig, context: int, tokens: int | None = None) -> dict[str, float]:
-    """`decoder_flops` of a configured transformer over one window (or `tokens`), with `context` tokens of condition."""
+def transformer_flops(model: ModelConfig, context: int) -> dict[str, float]:
+    """One forward of a configured transformer over one window, with `context` tokens of condition, by part."""
     slots = (3 * model.bins + model.num_faces) / 4
-    return decoder_flops(
-        tokens or model.window,
+    logits = slots if model.loss_support == "slot" else model.tokenizer.vocab_size
+    by_point, gated = model.step == "point", model.mlp == "gated"
+    flops = decoder_flops(
+        model.window,
         context,
         layers=model.layers,
         width=model.width,
@@ -95,9 +97,25 @@ def transformer_flops(model: ModelConfig, context: int, tokens: int | None = Non
         kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         ffw=model.mlp_width,
-        gated=model.mlp == "gated",
-        logits=slots if model.loss_support == "slot" else model.tokenizer.vocab_size,
+        gated=gated,
+        logits=4 * logits if by_point else logits,
     )
+    if by_point:
+        flops |= point_step_flops(
+            model.window, width=model.width, ffw=model.mlp_width, gated=gated, slot_layers=model.slot_layers
+        )
+    return flops
+
+
+def point_step_flops(points: int, *, width: int, ffw: int, gated: bool, slot_layers: int) -> dict[str, float]:
+    """What one step per point adds to `decoder_flops` (`models/point_step.py`), for a window of `points` steps.
+
+    `decoder_flops` is then called with `tokens` = points and `logits` = the classes of all four slots together.
+    """
+    return {
+        "point_embedding": 2.0 * points * 4 * width * width,
+        "slot_heads": 2.0 * points * 4 * slot_layers * width * ffw * (3 if gated else 2),
+    }
 
 
 def training_flops(forward: dict[str, float]) -> float:

@@ -114,12 +114,24 @@ def slot_cross_entropy(
       tables: x, y, z, b classifiers, `models.ar.output_tables`.
       eos: id of E.
     """
-    parts = []
-    for slot, table in enumerate(tables):
-        first = (slot - 1) % 4
-        labels = table.labels(targets[:, first::4], eos)
-        rows, classes = table.rows, table.num_classes
-        parts.append(token_cross_entropy(hidden[:, first::4], labels, rows, num_classes=classes, z_loss=z_loss))
+    firsts = [(slot - 1) % 4 for slot in range(4)]
+    states, targets = ([x[:, first::4] for first in firsts] for x in (hidden, targets))
+    return slot_losses(states, targets, tables, eos, z_loss=z_loss)
+
+
+def slot_losses(
+    states: Sequence[Float[Array, "B P D"]],
+    targets: Sequence[Int[Array, "B P"]],
+    tables: Sequence,
+    eos: int,
+    *,
+    z_loss: float = 0.0,
+) -> SlotLoss:
+    """`slot_cross_entropy` of states and targets that lie apart by slot: x, y, z, b."""
+    parts = [
+        token_cross_entropy(state, table.labels(ids, eos), table.rows, num_classes=table.num_classes, z_loss=z_loss)
+        for state, ids, table in zip(states, targets, tables, strict=True)
+    ]
     return SlotLoss(
         total=sum(part.total for part in parts),
         count=sum(part.count for part in parts),

@@ -39,6 +39,7 @@ from pointillist_jax.models.layers import (
     unstack_layers,
     zeros,
 )
+from pointillist_jax.tokens import SLOTS
 
 FOURIER_OCTAVES = 10  # Up to the Nyquist frequency of 1024 bins.
 # (queries [B,T,N,H], keys [B,T,K,H], values [B,T,K,H]) → (output [B,T,N,H], anything the caller wants back)
@@ -88,11 +89,15 @@ def param_specs(config: ModelConfig) -> dict[str, Any]:
         deviation = (D * FOURIER_OCTAVES) ** -0.5
         fourier = nn.initializers.normal(deviation)
         specs["coord_fourier"] = ParamSpec((3, 2 * FOURIER_OCTAVES, D), (None, None, "table_embed"), fourier)
+    if config.step == "point":
+        specs["point_embedding"] = matrix((4, D, D), (None, "table_embed", "embed"), 4 * D)
+        mlps = stack_specs(_mlp_specs(config, (4 * config.slot_layers) ** -0.5), config.slot_layers)
+        specs["slot_heads"] = {slot: {"mlps": mlps, "norm": ones(D)} for slot in SLOTS}
     return specs
 
 
 def _layer_specs(config: ModelConfig) -> dict[str, Any]:
-    D, N, K, H, F = config.width, config.heads, config.num_kv_heads, config.head_dim, config.mlp_width
+    D, N, K, H = config.width, config.heads, config.num_kv_heads, config.head_dim
     # Three residual branches per layer: their sum keeps the size of one.
     gain = (3 * config.layers) ** -0.5
 
@@ -106,14 +111,21 @@ def _layer_specs(config: ModelConfig) -> dict[str, Any]:
         }
         return {**specs, "query_norm": ones(H), "key_norm": ones(H)} if config.qk_norm else specs
 
-    mlp = {
+    return {
+        "cross_attention": attention_specs(),
+        "self_attention": attention_specs(),
+        "mlp": _mlp_specs(config, gain),
+    }
+
+
+def _mlp_specs(config: ModelConfig, gain: float) -> dict[str, Any]:
+    D, F = config.width, config.mlp_width
+    specs = {
         "norm": ones(D),
         "up": matrix((D, F), ("embed", "mlp"), D),
         "down": matrix((F, D), ("mlp", "embed"), F, gain),
     }
-    if config.mlp == "gated":
-        mlp["gate"] = matrix((D, F), ("embed", "mlp"), D)
-    return {"cross_attention": attention_specs(), "self_attention": attention_specs(), "mlp": mlp}
+    return {**specs, "gate": matrix((D, F), ("embed", "mlp"), D)} if config.mlp == "gated" else specs
 
 
 def hidden_states(
@@ -133,14 +145,33 @@ def hidden_states(
       context: the condition (`models/condition.py`).
       positions: absolute position of each token in its sequence; 0 … T-1 by default.
       context_lengths: for contexts padded to one length.
+
+    With `config.step` "point" the result means the same, token by token (`models/point_step.py`): the state at a
+    token is what predicts the next one.
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    if config.step == "point":
+        from pointillist_jax.models.point_step import point_hidden_states  # It is made of this file's parts.
+
+        return point_hidden_states(params, config, tokens, context, positions, context_lengths)
+    x = embed_tokens(params, config, tokens, jnp.arange(tokens.shape[1]) % 4)
+    return run_layers(params, config, x, context, positions, context_lengths)
+
+
+def run_layers(
+    params: Params,
+    config: ModelConfig,
+    x: Float[Array, "B T D"],
+    context: Float[Array, "B S D"],
+    positions: Int[Array, "B T"],
+    context_lengths: Int[Array, "B"] | None = None,
+) -> Float[Array, "B T D"]:
+    """All layers and the last norm over embedded steps; a step sees itself and `config.window` - 1 before it."""
     make_angles = functools.partial(
         rope_angles, head_dim=config.head_dim, theta=config.rope_theta, dtype=accumulator(config)
     )
     angles = computed_once(make_angles, positions)
-    x = embed_tokens(params, config, tokens, jnp.arange(tokens.shape[1]) % 4)
     context = norm_context(params, config, context)
 
     def attend_self(q, k, v):
@@ -210,7 +241,7 @@ def decoder_layer(
     else:
         x, extra = own(x)
         x = cross(x)
-    return x + _mlp(layer["mlp"], x), extra
+    return x + mlp(layer["mlp"], x), extra
 
 
 def cast_layer(layer: Params, config: ModelConfig) -> Params:
@@ -333,7 +364,8 @@ def _project_out(p: Params, out):
     return product(out.reshape(*out.shape[:-2], -1), p["out"].reshape(-1, p["out"].shape[-1]))
 
 
-def _mlp(p: Params, x):
+def mlp(p: Params, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+    """The feed-forward branch, its norm included."""
     with jax.named_scope("mlp"):
         y = rms_norm(x, p["norm"])
         if "gate" in p:

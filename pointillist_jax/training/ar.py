@@ -16,11 +16,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from pointillist_jax.configs import ModelConfig
+from pointillist_jax.files import UserError
 from pointillist_jax.flame import FlameModel
-from pointillist_jax.losses.cross_entropy import slot_cross_entropy
+from pointillist_jax.losses.cross_entropy import slot_cross_entropy, slot_losses
 from pointillist_jax.models.ar import hidden_states, output_tables, param_specs
 from pointillist_jax.models.condition import condition_specs, encode_condition
 from pointillist_jax.models.layers import init_params as init_from_specs
+from pointillist_jax.models.point_step import window_states
 from pointillist_jax.sharding import shard_batch
 from pointillist_jax.training.state import Batch, Key, LossFn, Params
 
@@ -43,20 +45,42 @@ def encode(
     return encode_condition({**params["condition"], **(frozen or {})}, config, head, condition)
 
 
+def training_window(config: ModelConfig, stride: int = 0) -> dict[str, int]:
+    """`window` and `stride`, in tokens, of the windows `make_loss` wants (`data.windows.window_batches`).
+
+    Args:
+      stride: tokens from one window to the next; 0 is the window itself.
+
+    Raises:
+      UserError: a stride beyond the window, which would leave tokens out.
+    """
+    reach = config.window_tokens
+    if stride > reach:
+        raise UserError(f"stride={stride} must be at most the window's {reach} tokens, or tokens would be left out.")
+    # A point step predicts whole points, so a window holds the whole point that it predicts last.
+    return {"window": reach + (4 if config.step == "point" else 0), "stride": stride or reach}
+
+
 def make_loss(config: ModelConfig, head: FlameModel, z_loss: float = 0.0) -> LossFn:
-    """The next-token loss over a batch of windows (`data.windows`), as sums. `z_loss`: see `TrainConfig`."""
+    """The next-token loss over a batch of windows (`data.windows`, of `training_window`), as sums.
+
+    `z_loss`: see `TrainConfig`.
+    """
 
     def loss_fn(params: Params, batch: Batch, key: Key):
         del key  # Nothing here is random: the paper names no dropout.
         transformer = params["transformer"]
         context = encode(params, config, head, batch["condition"])
-        hidden = hidden_states(transformer, config, batch["tokens"], context, batch["positions"])
-        targets = jnp.where(batch["mask"], batch["targets"], config.tokenizer.pad)
-        loss = slot_cross_entropy(
-            hidden, targets, output_tables(transformer, config), config.tokenizer.eos, z_loss=z_loss
-        )
-        extra = {"nll": (jnp.sum(loss.nll), loss.count), **loss.metrics()}
-        return loss.total, loss.count, extra
+        tables, eos = output_tables(transformer, config), config.tokenizer.eos
+        if config.step == "point":
+            states, targets = window_states(transformer, config, batch, context)
+            loss = slot_losses(states, targets, tables, eos, z_loss=z_loss)
+        else:
+            hidden = hidden_states(transformer, config, batch["tokens"], context, batch["positions"])
+            targets = jnp.where(batch["mask"], batch["targets"], config.tokenizer.pad)
+            loss = slot_cross_entropy(hidden, targets, tables, eos, z_loss=z_loss)
+        nll = jnp.sum(loss.nll)
+        return loss.total, loss.count, {"nll": (nll, loss.count), **loss.metrics()}
 
     return loss_fn
 

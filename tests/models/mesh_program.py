@@ -1,4 +1,7 @@
-"""Loss and gradients of the small transformer on meshes of 8 simulated devices; prints {mesh: difference} as JSON."""
+"""Loss and gradients of the small transformer on meshes of 8 simulated devices; prints {mesh: difference} as JSON.
+
+Arguments: meshes, and `point` for a model with one step per point.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,16 @@ from tests.models import tiny_ar
 
 
 def main() -> None:
-    config = tiny_ar.changed(kv_heads=4, heads=8, remat="none")
+    meshes = [text for text in sys.argv[1:] if text != "point"]
+    step = {"step": "point", "window": 8} if "point" in sys.argv else {}
+    config = tiny_ar.changed(kv_heads=4, heads=8, remat="none", **step)
     params = tiny_ar.random_params(config)
     batch = tiny_ar.random_batch(np.random.default_rng(1), config, batch=8)
     boxed = jax.eval_shape(functools.partial(init_params, param_specs(config), boxed=True), jax.random.PRNGKey(0))
     step = jax.value_and_grad(lambda p, b: tiny_ar.loss(p, config, b))
     expected_loss, expected = jax.jit(step)(params, batch)
     found = {}
-    for text in sys.argv[1:]:
+    for text in meshes:
         mesh = make_mesh(text)
         shardings = shardings_for(boxed, mesh)
         placed = jax.device_put(params, shardings)
