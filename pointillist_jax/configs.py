@@ -7,6 +7,8 @@ The only place where they live. Scripts take `--config=<preset>` and `--config.<
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from pointillist_jax.files import UserError
 from pointillist_jax.tokens import DEFAULT_LOWER, DEFAULT_UPPER, PointTokenizer
@@ -500,3 +502,34 @@ def preset(name: str) -> Config:
     if name not in PRESETS:
         raise UserError(f"no preset {name!r}; there are {', '.join(PRESETS)}.")
     return PRESETS[name]
+
+
+def config_from_json(kind: type, content: Any, where: str) -> Any:
+    """A config dataclass from what `dataclasses.asdict` gave and JSON kept; fields that are missing get their default.
+
+    Args:
+      kind: `ModelConfig`, `Config` or another one of this file.
+      content: untrusted.
+      where: the file, for messages.
+
+    Raises:
+      UserError: an unknown field, or a value of another type.
+    """
+    if not isinstance(content, Mapping):
+        raise UserError(f"{where} holds no {kind.__name__}: it was not written by this program.")
+    default, values = kind(), {}
+    names = {field.name for field in dataclasses.fields(kind)}
+    for name, value in content.items():
+        if name not in names:
+            raise UserError(f"{where}: {kind.__name__} has no field {name!r}: use the version that wrote it.")
+        old = getattr(default, name)
+        if dataclasses.is_dataclass(old):
+            value = config_from_json(type(old), value, where)
+        elif isinstance(old, tuple) and isinstance(value, (list, tuple)):
+            value = tuple(value)
+        elif isinstance(old, float) and type(value) is int:
+            value = float(value)
+        if type(value) is not type(old):
+            raise UserError(f"{where}: {name}={value!r} must be of type {type(old).__name__}, as in {old!r}.")
+        values[name] = value
+    return kind(**values)

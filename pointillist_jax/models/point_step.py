@@ -65,30 +65,22 @@ def embed_points(params: Params, config: ModelConfig, points: Int[Array, "*b 4"]
 
 
 def slot_state(
-    params: Params,
-    config: ModelConfig,
-    head: SlotHead,
-    slot: int,
-    residual: Float[Array, "*b D"],
-    token: Int[Array, "*b"] | None = None,
+    head: SlotHead, residual: Float[Array, "*b D"], embedded: Float[Array, "*b D"] | None = None
 ) -> tuple[Float[Array, "*b D"], Float[Array, "*b D"]]:
     """One link of the chain.
 
     Args:
-      head: of this slot, from `slot_heads`.
-      slot: 0–3, what is predicted.
-      residual: at slot 0 the backbone's hidden state of the point before, else what the link before returned.
-      token: the choice at slot - 1; None at slot 0.
+      head: of the slot that is predicted, from `slot_heads`.
+      residual: for x the backbone's hidden state of the point before, else what the link before returned.
+      embedded: `embed_tokens` of the choice at the slot before; None for x.
 
     Returns:
       (residual for the next link, state): logits of this slot are state · `output_tables(…)[slot].rows`.
     """
-    with jax.named_scope(f"slot_{SLOTS[slot]}"):
-        if slot:
-            residual = residual + embed_tokens(params, config, token, jnp.full(token.shape, slot - 1))
-        for layer in head.mlps:
-            residual = residual + mlp(layer, residual)
-        return residual, rms_norm(residual, head.norm)
+    residual = residual if embedded is None else residual + embedded
+    for layer in head.mlps:
+        residual = residual + mlp(layer, residual)
+    return residual, rms_norm(residual, head.norm)
 
 
 def point_states(
@@ -108,10 +100,12 @@ def point_states(
       positions: index of each point in its sequence, S S S S being 0.
     """
     x = run_layers(params, config, embed_points(params, config, points), context, positions, context_lengths)
+    embedded = embed_tokens(params, config, following, jnp.arange(4))
     states = []
     for slot, head in enumerate(slot_heads(params, config)):
-        x, state = slot_state(params, config, head, slot, x, following[..., slot - 1] if slot else None)
-        states.append(constrain(state, "batch", "length", None))
+        with jax.named_scope(f"slot_{SLOTS[slot]}"):
+            x, state = slot_state(head, x, embedded[..., slot - 1, :] if slot else None)
+            states.append(constrain(state, "batch", "length", None))
     return tuple(states)
 
 

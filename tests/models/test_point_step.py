@@ -19,7 +19,7 @@ from pointillist_jax.data.windows import WindowSource
 from pointillist_jax.files import UserError
 from pointillist_jax.losses.cross_entropy import slot_cross_entropy, slot_losses
 from pointillist_jax.models import PointTransformer
-from pointillist_jax.models.ar import hidden_states, output_tables, run_layers
+from pointillist_jax.models.ar import embed_tokens, hidden_states, output_tables, run_layers
 from pointillist_jax.models.point_step import embed_points, slot_heads, slot_state, window_states
 from pointillist_jax.training.ar import training_window
 from tests.data.stores import TOKENIZER, MemoryStore
@@ -40,7 +40,8 @@ def chain(params, config, points, p, context):
     residual = run_layers(params, config, embed_points(params, config, known), context, positions)[:, p]
     states = []
     for slot, head in enumerate(slot_heads(params, config)):
-        residual, state = slot_state(params, config, head, slot, residual, points[:, p + 1, slot - 1] if slot else None)
+        before = embed_tokens(params, config, points[:, p + 1, slot - 1], slot - 1) if slot else None
+        residual, state = slot_state(head, residual, before)
         states.append(state)
     return states
 
