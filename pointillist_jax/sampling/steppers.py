@@ -77,6 +77,10 @@ def make_stepper(config: ModelConfig, cache_dtype: str = "") -> Stepper:
     cache_dtype = cache_dtype or config.dtype
     if cache_dtype not in CACHE_DTYPES:
         raise UserError(f"cache_dtype={cache_dtype!r} must be one of {', '.join(CACHE_DTYPES)}.")
+    if config.step == "point":
+        from pointillist_jax.sampling.point_stepper import PointStepper  # It is made of this file's parts.
+
+        return PointStepper(config, cache_dtype)
     return TokenStepper(config, cache_dtype)
 
 

@@ -1,0 +1,150 @@
+"""A trained autoregressive model, as scripts need it: parameters, config, head, and what identifies it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.heads import named_head
+from pointillist_jax.configs import Config, ModelConfig, config_from_json
+from pointillist_jax.data.token_store import StoreSpec, TokenStore, read_spec, spec_difference
+from pointillist_jax.data.windows import split_subjects
+from pointillist_jax.files import UserError
+from pointillist_jax.flame import FlameModel
+from pointillist_jax.training.ar import encode
+from pointillist_jax.training.checkpoints import load_params
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedAR:
+    """What `experiments.train_ar` left.
+
+    Attributes:
+      workdir: of the training.
+      params: {"transformer": …, "condition": …}, on the device.
+      config: of the whole run.
+      spec: of the token store it was trained on: tokenizer, head, canonical pose, portrait size.
+      head: the head of the store.
+      checkpoint: JSON that identifies the parameters: step, and a sha256 over all of them.
+      encoders: which weights frozen encoders had, or None if the encoders were trained along.
+    """
+
+    workdir: Path
+    params: Any
+    config: Config
+    spec: StoreSpec
+    head: FlameModel
+    checkpoint: dict[str, Any]
+    encoders: dict[str, str] | None = None
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
+
+    def check_store(self, store: TokenStore) -> None:
+        """Raises UserError unless the store was made as the one of the training: same tokens, same head."""
+        if difference := spec_difference(store.spec, self.spec):
+            raise UserError(f"{store.path} was made with {difference}, as {self.workdir} was trained: name its store.")
+
+    def held_out(self, store: TokenStore) -> tuple[str, ...]:
+        """Those of a store's subjects that the training on it kept back."""
+        data = self.config.data
+        return split_subjects(store.subjects, min(data.held_out, len(store) - 1), data.split_seed)[1]
+
+
+def load_ar(workdir: str | None, step: int | None = None, flame: str | None = None) -> TrainedAR:
+    """Loads what lies in a workdir of `experiments.train_ar`.
+
+    Args:
+      workdir: of `--ar`.
+      step: of the checkpoint; None is the newest.
+      flame: the user's FLAME file, if the model was trained with it.
+
+    Raises:
+      UserError: no workdir named, or a head that is not the one of the training.
+      FileNotFoundError: no such checkpoint.
+      FileFormatError: its meta is damaged.
+    """
+    if workdir is None:
+        raise UserError("--ar is missing: name the workdir of a training (python -m experiments.train_ar).")
+    params, meta = load_params(workdir, step)
+    folder = Path(workdir) / "checkpoints"
+    if step is None:
+        step = max(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+    where = str(folder / str(step) / "meta")
+    meta = meta if isinstance(meta, dict) else {}
+    config = config_from_json(Config, meta.get("config"), where)
+    spec = read_spec(Path(where), meta.get("store") if isinstance(meta.get("store"), dict) else {})
+    head = named_head(spec.flame_source, spec.flame_sha256, workdir, flame)
+    features = meta.get("features")
+    return TrainedAR(
+        workdir=Path(workdir),
+        params=jax.tree.map(jax.numpy.asarray, params),
+        config=config,
+        spec=spec,
+        head=head,
+        checkpoint={"step": step, "sha256": _sha256(params)},
+        encoders=features.get("weights") if isinstance(features, dict) else None,
+    )
+
+
+class Contexts:
+    """Conditions → contexts, by one program; knows how the model's encoders are to be had."""
+
+    def __init__(
+        self,
+        trained: TrainedAR,
+        store: TokenStore | None = None,
+        image_weights: str | None = None,
+        point_weights: str | None = None,
+    ):
+        """Args:
+          store: whose people are meant; with frozen encoders its stored features serve, unless weights are given.
+          image_weights, point_weights: of frozen encoders, to run them here.
+
+        Raises:
+          UserError: frozen encoders without features and without weights.
+        """
+        self._trained, self._store = trained, store
+        self._features = self._frozen = None
+        if trained.model.encoder.frozen and store is not None and not (image_weights or point_weights):
+            from pointillist_jax.data.condition_features import feature_kind, open_features
+
+            from pointillist_jax.models.condition import feature_shapes
+
+            self._features = open_features(store, feature_kind(trained.model.encoder), feature_shapes(trained.model))
+        elif trained.model.encoder.frozen:
+            from pointillist_jax.convert import load_frozen_encoders
+
+            encoders = load_frozen_encoders(trained.model, image_weights, point_weights, expected=trained.encoders)
+            self._frozen = {"frozen": encoders.params}
+        self._encode = jax.jit(
+            lambda params, frozen, condition: encode(params, trained.model, trained.head, condition, **frozen)
+        )
+
+    def condition(self, name: str) -> dict[str, Any]:
+        """What the named person of the store is generated from. Raises UserError without portrait or features."""
+        i = self._store.index(name)
+        if not self._store.has_portrait[i]:
+            raise UserError(f"{name} of {self._store.path} has no portrait; choose others with --subjects.")
+        return self._store.condition(i) if self._features is None else {"features": self._features[i]}
+
+    def __call__(self, conditions: Sequence[dict[str, Any]]) -> jax.Array:
+        """[B, S, D] of B conditions. B decides the program."""
+        batch = jax.tree.map(lambda *x: np.stack(x), *conditions)
+        return self._encode(self._trained.params, self._frozen or {}, batch)
+
+
+def _sha256(params: Any) -> str:
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)}{array.shape}{array.dtype}".encode())
+        digest.update(array)
+    return digest.hexdigest()
