@@ -157,7 +157,7 @@ class TokenStepper:
         layer = {name: jnp.zeros((*shape, config.head_dim), self.cache_dtype) for name in names}
         if self.cache_dtype == "int8":
             layer |= {f"{name}_scale": jnp.zeros(shape, accumulator(config)) for name in names}
-        return tuple({k: _by_heads(v) for k, v in layer.items()} for _ in range(config.layers))
+        return tuple({k: _without_ones(_by_heads(v)) for k, v in layer.items()} for _ in range(config.layers))
 
     def point(
         self, weights: Weights, cache: Any, memory: Memory, hidden: Array, clock: Clock, choose: Choose
@@ -274,24 +274,36 @@ def write(cache: Params, key: Float[Array, "B K H"], value: Float[Array, "B K H"
             wide = new[name].astype(cache["key_scale"].dtype)
             scale = jnp.maximum(jnp.abs(wide).max(-1), 1e-12) / 127
             new[name], new[f"{name}_scale"] = jnp.round(wide / scale[..., None]), scale
-    put = jax.lax.dynamic_update_slice_in_dim
-    return {name: put(old, new[name].astype(old.dtype)[:, :, None], place, axis=2) for name, old in cache.items()}
+    new = {name: _without_ones(x.astype(cache[name].dtype)[:, :, None]) for name, x in new.items()}
+    axis = sum(n > 1 for n in key.shape[:2])
+    return {name: jax.lax.dynamic_update_slice_in_dim(cache[name], new[name], place, axis) for name in cache}
 
 
 def _attend(q, keys, values, valid, key_scale=None, value_scale=None):
     """q [B,K,R,H] against keys and values [B,K,S,H]; scores and softmax in float32 at least."""
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    shape, dtype = q.shape, jnp.promote_types(q.dtype, jnp.float32)
     product = {"preferred_element_type": dtype}
-    scores = jnp.einsum("BKRH,BKSH->BKRS", q * q.shape[-1] ** -0.5, keys.astype(q.dtype), **product)
+    q, keys, values = (_without_ones(x) for x in (q * shape[-1] ** -0.5, keys, values))
+    scores = jnp.einsum("...RH,...SH->...RS", q, keys.astype(q.dtype), **product)
     if key_scale is not None:
-        scores = scores * key_scale[:, :, None]
-    scores = jnp.where(valid[:, None, None], scores, _MASKED)
+        scores = scores * key_scale[..., None, :]
+    seen = jnp.broadcast_to(valid[:, None, None], (*shape[:3], valid.shape[-1]))
+    scores = jnp.where(_without_ones(seen), scores, _MASKED)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     total = weights.sum(-1, keepdims=True)
     if value_scale is not None:
-        weights = weights * value_scale[:, :, None]
-    out = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(q.dtype), values.astype(q.dtype), **product)
-    return (out / total).astype(q.dtype)
+        weights = weights * value_scale[..., None, :]
+    out = jnp.einsum("...RS,...SH->...RH", weights.astype(q.dtype), values.astype(q.dtype), **product)
+    return (out / total).astype(q.dtype).reshape(shape)
+
+
+def _without_ones(x: Float[Array, "B K *s"]) -> Array:
+    """Drops B and K where they are one.
+
+    XLA strips them before a product. Of a cache that is also written it would make two copies at every write, one
+    in each shape.
+    """
+    return x.reshape(tuple(n for n in x.shape[:2] if n > 1) + x.shape[2:]) if x.ndim > 2 else x
 
 
 def _by_heads(x):
