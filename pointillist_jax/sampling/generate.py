@@ -131,6 +131,10 @@ def generate(
         raise UserError(f"context has shape {context.shape}; expected [B, S, {config.width}].")
     batch = context.shape[0]
     lengths = np.full(batch, context.shape[1]) if context_lengths is None else np.asarray(context_lengths)
+    if lengths.shape == (batch,) and not ((lengths >= 1) & (lengths <= context.shape[1])).all():
+        raise UserError(
+            f"context_lengths {lengths.tolist()} must lie in 1 … {context.shape[1]}, as the context has it."
+        )
     keys = _rows_of_keys(key, batch)
     if prefix is None or not isinstance(prefix, (list, tuple)):
         prefix = [prefix] * batch

@@ -1,8 +1,8 @@
 """The compiled loop: points of a batch of rows, in chunks, on any stepper (DESIGN §6).
 
 A chunk is one `while_loop` whose body makes one point of every row; its state is donated, so the caches are written in
-place from the first chunk to the last. Rows begin at different steps (`admit` puts a new subject into a row), share
-the place in the ring and nothing else: what a row draws depends on its key, its subject and its own points only.
+place from the first chunk to the last. Rows begin at different times (`admit` puts a new subject into a row) and share
+nothing: what a row draws depends on its key, its subject and its own points only.
 
 Letters: B rows, D width, S context, Q points of a chunk.
 """
@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from pointillist_jax.models.ar import accumulator
 from pointillist_jax.models.layers import Params, constrain
 from pointillist_jax.sampling import choose
-from pointillist_jax.sampling.steppers import Clock, Stepper
+from pointillist_jax.sampling.steppers import Stepper
 from pointillist_jax.tokens import PointTokenizer
 
 
@@ -50,8 +50,7 @@ class SamplingState(NamedTuple):
     """Everything that lives from point to point.
 
     Attributes:
-      step: [] points the loop has made.
-      start: [B] the step in which each row feeds S S S S.
+      age: [B] points behind each row, S S S S as one.
       hidden: [B, D] of the stepper.
       previous: [B, 4] last point (x, y, z, face).
       num_points: [B] points made.
@@ -61,8 +60,7 @@ class SamplingState(NamedTuple):
       cache, memory: of the stepper.
     """
 
-    step: Int[Array, ""]
-    start: Int[Array, "B"]
+    age: Int[Array, "B"]
     hidden: Float[Array, "B D"]
     previous: Int[Array, "B 4"]
     num_points: Int[Array, "B"]
@@ -107,8 +105,7 @@ def start(
     batch = context.shape[0]
     zeros = jnp.zeros(batch, jnp.int32)
     return SamplingState(
-        step=jnp.zeros((), jnp.int32),
-        start=zeros,
+        age=zeros,
         hidden=constrain(jnp.zeros((batch, stepper.config.width), stepper.config.dtype), "batch", None),
         previous=jnp.zeros((batch, 4), jnp.int32),
         num_points=zeros,
@@ -134,7 +131,7 @@ def admit(
     """Gives a row to a new subject. Its old cache stays where it is: the new row is too young to see it."""
     memory = stepper.memory(weights, context[None], context_length[None])
     return state._replace(
-        start=state.start.at[row].set(state.step),
+        age=state.age.at[row].set(0),
         hidden=state.hidden.at[row].set(0),
         previous=state.previous.at[row].set(0),
         num_points=state.num_points.at[row].set(0),
@@ -192,28 +189,29 @@ def make_point(
     """One step of every row: S S S S in its first, then a point, or E."""
     tokenizer = program.tokenizer
     counts = choose.class_counts(tokenizer)
-    clock = Clock(state.step, state.step - state.start)
     with jax.named_scope("noise"):
-        waits = choose.waiting_times(state.keys, clock.age, sum(counts), accumulator(program.stepper.config))
+        waits = choose.waiting_times(state.keys, state.age, sum(counts), accumulator(program.stepper.config))
     draws: list[choose.Draw] = []
 
     def choose_class(slot: int, logits: Array) -> Array:
         with jax.named_scope("choose"):
-            current = [d.value for d in draws[:3]] + [jnp.zeros_like(state.start)] * (3 - len(draws))
+            current = [d.value for d in draws[:3]] + [jnp.zeros_like(state.age)] * (3 - len(draws))
             legal = choose.legal_classes(tokenizer, slot, state.previous, jnp.stack(current, axis=-1))
             first = sum(counts[:slot])
             noise = waits[:, first : first + counts[slot]]
             draws.append(choose.draw(logits, legal, noise, filters, forced[:, slot], program.constrain))
             return draws[-1].value
 
-    cache, hidden, states = program.stepper.point(weights, state.cache, state.memory, state.hidden, clock, choose_class)
+    cache, hidden, states = program.stepper.point(
+        weights, state.cache, state.memory, state.hidden, state.age, choose_class
+    )
     value, log_prob, masked = (jnp.stack(x, axis=-1) for x in zip(*draws, strict=True))
     # A row that feeds S S S S makes no point; one that draws E ends without one.
-    ends = (value[:, 0] == tokenizer.bins) & (clock.age > 0)
-    makes = (clock.age > 0) & ~ends & ~state.done
+    ends = (value[:, 0] == tokenizer.bins) & (state.age > 0)
+    makes = (state.age > 0) & ~ends & ~state.done
     num_points = state.num_points + makes
     return state._replace(
-        step=state.step + 1,
+        age=state.age + 1,
         hidden=hidden,
         previous=jnp.where(makes[:, None], value, state.previous),
         num_points=num_points,

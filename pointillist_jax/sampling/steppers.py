@@ -6,15 +6,16 @@ pure; the stepper itself is a frozen dataclass, so that jitted functions take it
     weights(params)            what a step reads, once per call of `generate`, in the layout of its products
     memory(weights, context)   keys and values of the condition, once per subject; every leaf is [B, …]
     cache(batch)               an empty cache; every leaf is [B, …]
-    point(weights, cache, memory, hidden, clock, choose) -> (cache, hidden [B,D], states [B,4,D])
+    point(weights, cache, memory, hidden, age, choose) -> (cache, hidden [B,D], states [B,4,D])
 
 `point` makes one point: it calls `choose(slot, logits)` for slots 0, 1, 2, 3 in this order, each time with the logits
 of the slot's classes (the coordinates and then E at x; the coordinates; the coordinates; the faces), and gets the class
 of every row. `hidden` is what it returned for the point before (zeros at first), `states` what the Gaussian decoder is
-given. Rows differ in age: `clock.age` is 0 in the step that feeds S S S S, and what is chosen in it is ignored.
+given. `age` [B] counts the points each row has behind it, S S S S as one: rows differ, for subjects come and go. At age
+0 the stepper feeds S S S S, and what is chosen is ignored. The row's place in the ring follows from its age alone, so
+that what it computes does not depend, even in rounding, on when it began.
 
-Nothing in a cache is ever cleared or moved: all rows write to the same place of the ring, and a row sees only what is
-no older than itself.
+Nothing in a cache is ever cleared or moved: a row sees only the places that its age says it has written.
 
 Letters: B batch, D width, S context, K kv heads, R query heads per kv head, H head dim, W window, C classes.
 """
@@ -22,6 +23,7 @@ Letters: B batch, D width, S context, K kv heads, R query heads per kv head, H h
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -40,18 +42,6 @@ _MASKED = -1e30  # Finite: a row of a batch that stands idle must not become NaN
 Choose = Callable[[int, Float[Array, "B C"]], Int[Array, "B"]]
 
 
-class Clock(NamedTuple):
-    """Where the loop stands.
-
-    Attributes:
-      step: [] points so far, of the whole loop: the place in the ring.
-      age: [B] steps since each row began; 0 is S S S S, 1 the first point.
-    """
-
-    step: Int[Array, ""]
-    age: Int[Array, "B"]
-
-
 class Stepper(Protocol):
     """See the module's docstring."""
 
@@ -64,7 +54,7 @@ class Stepper(Protocol):
     def cache(self, batch: int) -> Any: ...
 
     def point(
-        self, weights: Any, cache: Any, memory: Any, hidden: Array, clock: Clock, choose: Choose
+        self, weights: Any, cache: Any, memory: Any, hidden: Array, age: Array, choose: Choose
     ) -> tuple[Any, Array, Array]: ...
 
 
@@ -160,9 +150,9 @@ class TokenStepper:
         return tuple({k: _without_ones(_by_heads(v)) for k, v in layer.items()} for _ in range(config.layers))
 
     def point(
-        self, weights: Weights, cache: Any, memory: Memory, hidden: Array, clock: Clock, choose: Choose
+        self, weights: Weights, cache: Any, memory: Memory, hidden: Array, age: Array, choose: Choose
     ) -> tuple[Any, Array, Array]:
-        states, starting = [], (clock.age == 0)[:, None]
+        states, starting = [], (age == 0)[:, None]
         for slot in range(4):
             with jax.named_scope(f"token_{'xyzb'[slot]}"):
                 # Slots are unrolled, so every product has the size of its slot and nothing is padded.
@@ -170,16 +160,14 @@ class TokenStepper:
                 logits = jnp.matmul(hidden, weights.outputs[slot], preferred_element_type=accumulator(self.config))
                 value = choose(slot, logits[:, :classes])
                 x = jnp.where(starting, weights.start[slot], weights.inputs[slot][value])
-                cache, hidden = self._token(weights, cache, memory, x, clock, slot)
+                cache, hidden = self._token(weights, cache, memory, x, 4 * age + slot)
                 states.append(hidden)
         return cache, hidden, jnp.stack(states, axis=1)
 
-    def _token(self, weights: Weights, cache, memory: Memory, x: Float[Array, "B D"], clock: Clock, slot: int):
+    def _token(self, weights: Weights, cache, memory: Memory, x: Float[Array, "B D"], position: Int[Array, "B"]):
         config = self.config
-        position = 4 * clock.age + slot
-        place = (4 * clock.step + slot) % config.window
-        written = (place - jnp.arange(config.window)) % config.window  # How many tokens ago.
-        seen = written <= position[:, None]
+        place = position % config.window
+        seen = jnp.arange(config.window) <= position[:, None]
         angles = rope_angles(position, config.head_dim, config.rope_theta, accumulator(config))
         new = []
         for layer, layer_cache, context_kv in zip(weights.layers, cache, memory.layers, strict=True):
@@ -222,7 +210,7 @@ def cached_layer(
     context_kv: tuple[Array, Array],
     context_valid: Bool[Array, "B S"],
     cache: Params,
-    place: Int[Array, ""],
+    place: Int[Array, "B"],
     seen: Bool[Array, "B W"],
 ) -> tuple[Float[Array, "B D"], Params]:
     """`models.ar.decoder_layer` for one token per row, on `fuse_layer`'s parameters.
@@ -266,8 +254,8 @@ def cached_layer(
         return x + y @ p["down"], cache
 
 
-def write(cache: Params, key: Float[Array, "B K H"], value: Float[Array, "B K H"], place: Int[Array, ""]) -> Params:
-    """One layer's cache with a token's key and value at `place`."""
+def write(cache: Params, key: Float[Array, "B K H"], value: Float[Array, "B K H"], place: Int[Array, "B"]) -> Params:
+    """One layer's cache with a token's key and value at each row's `place`."""
     new = {"key": key, "value": value}
     if "key_scale" in cache:
         for name in ("key", "value"):
@@ -275,8 +263,11 @@ def write(cache: Params, key: Float[Array, "B K H"], value: Float[Array, "B K H"
             scale = jnp.maximum(jnp.abs(wide).max(-1), 1e-12) / 127
             new[name], new[f"{name}_scale"] = jnp.round(wide / scale[..., None]), scale
     new = {name: _without_ones(x.astype(cache[name].dtype)[:, :, None]) for name, x in new.items()}
-    axis = sum(n > 1 for n in key.shape[:2])
-    return {name: jax.lax.dynamic_update_slice_in_dim(cache[name], new[name], place, axis) for name in cache}
+    axis = int(key.shape[1] > 1)
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis)
+    if len(key) == 1:
+        return {name: put(cache[name], new[name], place[0]) for name in cache}
+    return {name: jax.vmap(put)(cache[name], new[name], place) for name in cache}
 
 
 def _attend(q, keys, values, valid, key_scale=None, value_scale=None):
