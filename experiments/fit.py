@@ -96,13 +96,15 @@ def main() -> None:
 
 def list_jobs() -> list[Job]:
     """The fits of this shard. Raises UserError for flags that do not go together."""
+    from pointillist_jax.data.captures import find_captures
+
     if CAPTURE.value is None:
         raise UserError("--capture is missing; name a capture folder, such as one made by experiments.make_identities.")
     if SHARD.value >= NUM_SHARDS.value:
         raise UserError(f"--shard={SHARD.value} must be less than --num_shards={NUM_SHARDS.value}.")
     if RESUME.value and OVERWRITE.value:
         raise UserError("--resume and --overwrite exclude each other; give one.")
-    captures = find_captures(Path(CAPTURE.value))
+    captures = find_captures(CAPTURE.value)
     if SUBJECTS.value:
         if missing := [name for name in SUBJECTS.value if name not in captures]:
             raise UserError(f"{CAPTURE.value} has no subject {missing[0]!r}; it has: {', '.join(list(captures)[:20])}.")
@@ -127,20 +129,6 @@ def list_jobs() -> list[Job]:
         for suffix, variant in variants.items()
     ]
     return jobs
-
-
-def find_captures(root: Path) -> dict[str, Path]:
-    """Subject → capture folder."""
-    if (root / "transforms_train.json").is_file():
-        return {root.resolve().name: root}
-    children = sorted(root.iterdir()) if root.is_dir() else []
-    found = {c.name: c for c in children if not c.name.startswith(".") and (c / "transforms_train.json").is_file()}
-    if not found:
-        raise UserError(
-            f"{root} is no capture and holds none; expected transforms_train.json in it or in its folders: check "
-            "--capture."
-        )
-    return found
 
 
 def prepare(jobs: list[Job]) -> None:

@@ -322,7 +322,6 @@ class DecoderConfig:
       initial_opacity: before training. initial_log_scale: natural logarithm of metres.
       attention, attention_block, remat, dtype: as of the autoregressive model.
       views: photographs of each subject in a step; `train.batch_size` counts subjects.
-      background: grey level behind renders and photographs.
       lambda_l1, lambda_ssim, lambda_lpips, lambda_reg: weights of the loss; reg is the mean squared offset.
       max_points: larger clouds are an error; 0 takes the largest of the feature set.
       eval_views: of each split, in evaluations during training; the final table takes all.
@@ -351,7 +350,6 @@ class DecoderConfig:
     remat: str = "none"
     dtype: str = "float32"
     views: int = 4
-    background: float = 1.0
     lambda_l1: float = 1.0
     lambda_ssim: float = 0.5
     lambda_lpips: float = 0.1

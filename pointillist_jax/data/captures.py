@@ -207,6 +207,25 @@ def load_capture(
     )
 
 
+def find_captures(root: str | os.PathLike) -> dict[str, Path]:
+    """Subject → capture folder, of one capture or a folder of captures, sorted by name.
+
+    Raises:
+      UserError: none there.
+    """
+    root = Path(root)
+    if (root / "transforms_train.json").is_file():
+        return {root.resolve().name: root}
+    children = sorted(root.iterdir()) if root.is_dir() else []
+    found = {c.name: c for c in children if not c.name.startswith(".") and (c / "transforms_train.json").is_file()}
+    if not found:
+        raise UserError(
+            f"{root} is no capture and holds none; expected transforms_train.json in it or in its folders: check the "
+            "path."
+        )
+    return found
+
+
 def cameras_extent(viewmats: Float[np.ndarray, "N 4 4"]) -> float:
     """1.1 × the largest distance of a camera from the mean camera centre, metres (facts A.4).
 

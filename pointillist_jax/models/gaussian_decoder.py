@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pointillist_jax.configs import DecoderConfig
-from pointillist_jax.gaussians import Gaussians
+from pointillist_jax.flame.binding import PointRig
+from pointillist_jax.gaussians import Avatar, Gaussians
 from pointillist_jax.models.attention import attention
 from pointillist_jax.models.layers import (
     Params,
@@ -166,6 +167,16 @@ def decode(
             colors=jax.nn.sigmoid(raw["colors"]),
         )
         return Decoded(gaussians, offsets)
+
+
+def rigged(decoded: Decoded, rig: PointRig) -> Avatar:
+    """One cloud's attributes on the rig of its undisplaced points (`flame.bind_points`).
+
+    The barycentrics stay those of the points: only the offset from the surface moves, so that the decoder's offsets
+    have a gradient and the canonical pose gives exactly the displaced points back.
+    """
+    shift = jnp.einsum("pab,pb->pa", rig.rest_linear, decoded.offsets.astype(rig.rest_offset.dtype))
+    return Avatar(decoded.gaussians, rig.replace(rest_offset=rig.rest_offset + shift))
 
 
 def positional_encoding(config: DecoderConfig, points: Float[Array, "*b 3"]) -> Float[Array, "*b X"]:

@@ -1,0 +1,329 @@
+"""Stage two: trains the Gaussian decoder on photographs, from point features (paper §4.4.2, §5.4).
+
+    python -m experiments.train_decoder --config=tiny --features=outputs/features --captures=outputs/people
+       --workdir=outputs/decoder [--vgg=vgg16-397923af.pth] [--resume|--overwrite] [--config.decoder.train.steps=600 …]
+       [--config.decoder.inputs=both|ar_only|position_only|none] [--config.decoder.points=ar|flame_vertices] [--compare]
+       [--mesh=data:4]
+
+`experiments.extract_features` makes the features. Subjects are those of the features that have a capture; the same
+ones are held out as in stage one (--config.data.held_out, --config.data.split_seed). `--compare` trains the method and
+its ablations one after another, in folders of their own, and prints one table. Several processes: as `train_ar`.
+
+Writes checkpoints/, metrics.jsonl, tensorboard/, strips/ (renders above photographs), curve.png and card.json. SIGTERM
+and Ctrl-C save and stop; --resume goes on from the newest checkpoint, on the same mesh bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments.charts import line_chart
+from experiments.common import open_workdir, run
+from experiments.config_flags import define_config
+from experiments.heads import named_head
+from experiments.media import write_image
+from experiments.pictures import contact_sheet
+from pointillist_jax.configs import Config
+from pointillist_jax.convert import load_torch_file, lpips_from_torch
+from pointillist_jax.data.captures import Capture, find_captures, load_capture
+from pointillist_jax.data.point_features import FeatureSet
+from pointillist_jax.data.subject_views import FeatureClouds, SubjectViews, TemplateClouds, subject_batches
+from pointillist_jax.data.windows import split_subjects
+from pointillist_jax.files import UserError, atomic_path
+from pointillist_jax.flame import FlameModel
+from pointillist_jax.sharding import make_mesh, start_processes
+from pointillist_jax.training import decoder
+from pointillist_jax.training.checkpoints import Checkpoints
+from pointillist_jax.training.loop import train
+from pointillist_jax.training.metric_log import read_metrics
+from pointillist_jax.training.state import TrainState, abstract_state, init_state, make_optimizer, make_schedule
+
+FEATURES = flags.DEFINE_string("features", None, "Point features (experiments.extract_features).")
+CAPTURES = flags.DEFINE_string("captures", None, "Folder of captures of the same subjects.")
+WORKDIR = flags.DEFINE_string("workdir", "outputs/decoder", "Where the run goes.")
+FLAME = flags.DEFINE_string("flame", None, "Your FLAME .pkl, if the features were made with it.")
+VGG = flags.DEFINE_string("vgg", None, "torchvision's vgg16-397923af.pth, for LPIPS; without it that loss is off.")
+DOWNSCALE = flags.DEFINE_integer("downscale", 1, "Divide the pictures' sides by this.", lower_bound=1)
+IDENTITY = flags.DEFINE_enum("identity", "check", ("check", "first"), "As experiments.fit.")
+CY_FROM_BOTTOM = flags.DEFINE_boolean("cy_from_bottom", False, "As experiments.fit.")
+COMPARE = flags.DEFINE_boolean("compare", False, "Train the ablations too, and print one table.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the initial parameters and the order of views.", lower_bound=0)
+RESUME = flags.DEFINE_boolean("resume", False, "Go on from the newest checkpoint in --workdir.")
+OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Delete --workdir first.")
+MESH = flags.DEFINE_string("mesh", "", "Sizes of data, fsdp, tensor, context; data takes what is left.")
+COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0, or auto; for jobs of several processes.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator.")
+CONFIG = define_config("decoder", "data")
+
+# What --compare trains: name → changes of the decoder's config.
+VARIANTS = {
+    "full": {"inputs": "both", "points": "ar"},
+    "ar_only": {"inputs": "ar_only", "points": "ar"},
+    "position_only": {"inputs": "position_only", "points": "ar"},
+    "flame_vertices": {"inputs": "position_only", "points": "flame_vertices"},
+    "mean_colour": {"inputs": "none", "points": "ar"},
+}
+OUTPUTS = ("checkpoints", "metrics.jsonl", "tensorboard", "strips", "card.json", "curve.png", "table.json", *VARIANTS)
+# Scores of the table: a stream's name and what it is.
+STREAMS = {
+    "views": "training people, unseen camera",
+    "expressions": "training people, unseen expressions",
+    "people": "unseen people, unseen camera",
+    "people_expressions": "unseen people, unseen expressions",
+}
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What stage two trains on and is tested on.
+
+    Attributes:
+      features: the point features.
+      head: that everyone is bound to.
+      training, held_out: captures.
+      lpips: parameters of LPIPS, or None.
+    """
+
+    features: FeatureSet
+    head: FlameModel
+    training: tuple[Capture, ...]
+    held_out: tuple[Capture, ...]
+    lpips: Any = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the pictures."""
+        return tuple(int(x) for x in self.training[0].split("train").sizes[0])
+
+
+def main() -> None:
+    start_processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    start = time.perf_counter()
+    config = CONFIG()
+    data = load_data(config)
+    workdir = Path(WORKDIR.value)
+    if not jax.process_index():
+        open_workdir(workdir, OUTPUTS, resume=RESUME.value, overwrite=OVERWRITE.value)
+    variants = VARIANTS if COMPARE.value else {"": {}}
+    table: dict[str, Any] = {}
+    for name, change in variants.items():
+        if name:
+            print(f"\n{name}:", flush=True)
+        chosen = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, **change))
+        state, stopped = train_decoder(data, chosen, workdir / name, seed=SEED.value, mesh=MESH.value)
+        if stopped:
+            if not jax.process_index():
+                print(f"\nstopped by {stopped} at step {int(state.step)}; everything is saved: go on with --resume.")
+            return
+        if not jax.process_index():
+            table[name or "model"] = summarize(workdir / name, chosen)
+    if jax.process_index():
+        return
+    print_table(table, data)
+    if COMPARE.value:
+        with atomic_path(workdir / "table.json") as path:
+            path.write_text(json.dumps(table, indent=1) + "\n")
+    where = f"{workdir}/<variant>" if COMPARE.value else workdir
+    print(f"\ndone in {time.perf_counter() - start:.0f} s; everything lies in {where}/:")
+    print("  checkpoints/<step>/  params (for reconstruction), state (for --resume)")
+    print("  metrics.jsonl        one line per logged step; tensorboard/ shows the same")
+    print("  strips/              renders above photographs, at every evaluation")
+    print("  curve.png, card.json the loss; scores of all held-out views")
+
+
+def load_data(config: Config) -> Data:
+    """Opens features and captures, and says what is used. Raises UserError where they do not belong together."""
+    if FEATURES.value is None or CAPTURES.value is None:
+        raise UserError("--features and --captures are missing: name what experiments.extract_features wrote, and the "
+                        "captures of the same people.")  # fmt: skip
+    features = FeatureSet(FEATURES.value)
+    store = features.spec.store
+    head = named_head(store.flame_source, store.flame_sha256, FEATURES.value, FLAME.value)
+    folders = find_captures(CAPTURES.value)
+    names = tuple(name for name in features.subjects if name in folders)
+    if not names:
+        raise UserError(
+            f"none of the {len(features)} subjects of {FEATURES.value} ({', '.join(features.subjects[:3])} …) has a "
+            f"capture in {CAPTURES.value} ({', '.join(list(folders)[:3])} …): name the captures of the same people."
+        )
+    if len(names) < len(features) and not jax.process_index():
+        print(f"{len(features) - len(names)} of {len(features)} subjects have no capture and are left out")
+    # Over all subjects of stage one, so that nobody it trained on counts as unseen here.
+    kept_back = split_subjects(features.subjects, min(config.data.held_out, len(features) - 1), config.data.split_seed)[
+        1
+    ]
+    how = {"downscale": DOWNSCALE.value, "identity": IDENTITY.value, "cy_from_bottom": CY_FROM_BOTTOM.value}
+    captures = [load_capture(folders[name], head, **how) for name in names]
+    captures = [dataclasses.replace(c, subject=name) for c, name in zip(captures, names, strict=True)]
+    training = tuple(c for c in captures if c.subject not in kept_back)
+    held_out = tuple(c for c in captures if c.subject in kept_back)
+    if not training:
+        raise UserError(f"all {len(names)} subjects are held out: lower --config.data.held_out.")
+    weights = None if VGG.value is None else lpips_from_torch(load_torch_file(VGG.value))
+    return Data(features, head, training, held_out, weights)
+
+
+def train_decoder(
+    data: Data, config: Config, workdir: Path, *, seed: int = 0, mesh: str = "", bar: bool = True
+) -> tuple[TrainState, str | None]:
+    """Trains, or goes on with what lies in `workdir`. Returns the state and what stopped it early."""
+    spec = data.features.spec
+    settings = config.decoder.for_features(spec.store.tokenizer, spec.width)
+    if settings.cross_attention:
+        raise UserError("decoder.cross_attention needs the AR model's contexts, which this script does not make yet.")
+    config = dataclasses.replace(config, decoder=settings)
+    run_, devices = settings.train, make_mesh(mesh)
+    if data.lpips is None and settings.lambda_lpips and not jax.process_index():
+        print("LPIPS is off: no VGG16 weights (--vgg=vgg16-397923af.pth); the loss is L1, SSIM and the offsets'")
+    everyone = (*data.training, *data.held_out)
+    clouds = FeatureClouds(data.features)
+    if settings.points == "flame_vertices":
+        clouds = TemplateClouds(data.head, everyone, spec.store.canonical_jaw)
+    shared = {
+        "views": settings.views,
+        "canonical_jaw": spec.store.canonical_jaw,
+        "features": settings.uses_features,
+        # One size for everyone, so that one program serves training and evaluation.
+        "max_points": settings.max_points or largest_cloud(clouds, everyone),
+    }
+    shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    loading = {"num_workers": config.data.num_workers, "num_threads": config.data.num_threads, **shares}
+    source = SubjectViews(data.training, clouds, seed=seed, **shared)
+    stream = iter(subject_batches(source, run_.batch_size, prefetch=config.data.prefetch, **loading))
+    width, height = data.size
+
+    def streams(limit: int) -> dict[str, Any]:
+        found = {}
+        who = {"views": (data.training, "val"), "expressions": (data.training, "test")}
+        who |= {"people": (data.held_out, "val"), "people_expressions": (data.held_out, "test")}
+        for name, (captures, split) in who.items():
+            if sum(len(c.split(split)) for c in captures):
+                test = SubjectViews(captures, clouds, split=split, shuffle=False, limit=limit, **shared)
+                found[name] = lambda test=test: subject_batches(test, run_.batch_size, **shares)
+        return found
+
+    frozen = decoder.frozen_on(devices, data.head, data.lpips)
+    optimizer, init = make_optimizer(run_), decoder.init_params(settings)
+    meta = {
+        "config": dataclasses.asdict(config),
+        "features": spec.to_json(),
+        "seed": seed,
+        "capacity": decoder.first_capacity(shared["max_points"], width, height),
+    }
+    with Checkpoints(workdir, run_.keep) as checkpoints:
+        key = jax.random.PRNGKey(seed)
+        restored = checkpoints.restore(abstract_state(init, optimizer, run_, key, devices)[0], stream)
+        if restored is None:
+            state = init_state(init, optimizer, run_, key, devices)[0]
+        else:
+            state, meta["capacity"] = restored[0], int(restored[1]["capacity"])
+        step = decoder.GrowingStep(
+            settings, frozen, optimizer, width, height, capacity=meta["capacity"],
+            on_grow=lambda capacity: meta.update(capacity=capacity),
+        )  # fmt: skip
+
+        def evaluation(limit: int, save) -> Any:
+            return decoder.make_evaluation(
+                settings, frozen, devices, streams(limit), width, height, capacity=meta["capacity"], strips=save
+            )
+
+        few = evaluation(settings.eval_views, None if jax.process_index() else Strips(workdir))
+
+        def evaluate(params) -> dict[str, float]:
+            # Names and steps of the strips follow the log's.
+            return few(params)
+
+        first = int(state.step)
+        state, stopped = train(
+            state,
+            step,
+            stream,
+            config=run_,
+            mesh=devices,
+            workdir=workdir,
+            checkpoints=checkpoints,
+            meta=meta,
+            schedule=make_schedule(run_),
+            evaluate=evaluate,
+            describe=lambda batch: "subjects " + ", ".join(source.subjects[i] for i in sorted(set(batch["subject"]))),
+            bar=bar,
+        )
+    stream.close()
+    if stopped is None and (first < run_.steps or not (workdir / "card.json").is_file()):
+        scores = evaluation(0, None)(state.averaged_params)
+        if not jax.process_index():
+            points = {c.subject: clouds.num_points(c.subject) for c in everyone}
+            write_card(workdir, config, scores, points, lpips=data.lpips is not None)
+    return state, stopped
+
+
+def largest_cloud(clouds, captures) -> int:
+    """Points of the largest, rounded up."""
+    return -(-max(clouds.num_points(c.subject) for c in captures) // 256) * 256
+
+
+class Strips:
+    """Writes `strips/<evaluation>_<stream>.png`: renders above photographs."""
+
+    def __init__(self, workdir: Path):
+        self._workdir, self._count = workdir, {}
+
+    def __call__(self, stream: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        logged = [line["step"] for line in read_metrics(self._workdir) if "loss" in line]
+        step = logged[-1] if logged else 0
+        if pairs:
+            rows = [p[0] for p in pairs] + [p[1] for p in pairs]
+            labels = ["rendered"] * len(pairs) + ["photograph"] * len(pairs)
+            sheet = contact_sheet(rows, labels, len(pairs))
+            write_image(self._workdir / "strips" / f"{step:06d}_{stream}.png", sheet)
+
+
+def write_card(workdir: Path, config: Config, scores: dict[str, float], points: dict[str, int], lpips: bool) -> None:
+    """card.json: scores of all held-out views."""
+    card = {
+        "steps": config.decoder.train.steps,
+        "inputs": config.decoder.inputs,
+        "points": config.decoder.points,
+        "lpips": lpips,
+        "num_points": points,
+        "scores": {name: round(value, 4) for name, value in scores.items()},
+    }
+    with atomic_path(workdir / "card.json") as path:
+        path.write_text(json.dumps(card, indent=1) + "\n")
+
+
+def summarize(workdir: Path, config: Config) -> dict[str, float]:
+    """Draws curve.png; returns the scores of card.json."""
+    lines = read_metrics(workdir)
+    series = {"training": [(line["step"], line["psnr"]) for line in lines if "psnr" in line]}
+    for name, what in STREAMS.items():
+        series[what] = [(line["step"], line[f"eval_{name}_psnr"]) for line in lines if f"eval_{name}_psnr" in line]
+    write_image(workdir / "curve.png", line_chart(series, {}, "step", "PSNR, dB"))
+    return json.loads((workdir / "card.json").read_text())["scores"]
+
+
+def print_table(table: dict[str, dict[str, float]], data: Data) -> None:
+    """PSNR and SSIM of every variant on every kind of held-out view."""
+    streams = [name for name in STREAMS if any(f"{name}_psnr" in scores for scores in table.values())]
+    print(f"\n{len(data.training)} training people, {len(data.held_out)} unseen; PSNR in dB / SSIM (zero padding):")
+    print(f"  {'':<16}" + "".join(f"{name:>20}" for name in streams))
+    for name, scores in table.items():
+        cells = (f"{scores[f'{s}_psnr']:.2f} / {scores[f'{s}_ssim']:.4f}" for s in streams)
+        print(f"  {name:<16}" + "".join(f"{cell:>20}" for cell in cells))
+    for name in streams:
+        print(f"  {name}: {STREAMS[name]}")
+
+
+if __name__ == "__main__":
+    run(main)

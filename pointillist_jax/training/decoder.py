@@ -1,0 +1,307 @@
+"""Stage two: the Gaussian decoder trained on photographs through the renderer (paper §4.4.2; DESIGN §7, §8, §10).
+
+The AR model is frozen: its hidden states come from disk. A batch holds B subjects with K views each
+(`data.subject_views`); every subject is decoded once, posed to each view's timestep, splatted and compared.
+
+Letters: B subjects, K views, P points, H × W pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from pointillist_jax.configs import DecoderConfig, TrainConfig
+from pointillist_jax.flame import FlameModel, FlameParams, animate, bind_points
+from pointillist_jax.losses import l1, lpips, psnr, ssim
+from pointillist_jax.models.gaussian_decoder import Decoded, decode, param_specs, rigged
+from pointillist_jax.models.layers import init_params as init_from_specs
+from pointillist_jax.sharding import shard_batch
+from pointillist_jax.training.state import Batch, Key, LossFn, Params, TrainState, train_step
+from renderer_bridge import rasterize
+
+_log = logging.getLogger(__name__)
+
+
+def init_params(config: DecoderConfig) -> Callable[[Key], Params]:
+    """key → parameters with their logical axes, for `training.state.init_state`."""
+    return functools.partial(init_from_specs, param_specs(config), boxed=True)
+
+
+def frozen_on(mesh: Mesh, head: FlameModel, lpips_params: Any = None) -> dict[str, Any]:
+    """What steps read and never change, on every device of the mesh."""
+    frozen = {"head": head} | ({} if lpips_params is None else {"lpips": lpips_params})
+    return jax.device_put(jax.tree.map(np.asarray, frozen), NamedSharding(mesh, PartitionSpec()))
+
+
+def decode_batch(params: Params, config: DecoderConfig, batch: Mapping[str, Any]) -> Decoded:
+    """Attributes of the B subjects of a batch."""
+    return decode(params, config, *(batch.get(name) for name in ("points", "hidden", "num_points", "context")))
+
+
+def render_views(
+    head: FlameModel,
+    decoded: Decoded,
+    batch: Mapping[str, Any],
+    width: int,
+    height: int,
+    *,
+    capacity: int | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Array, "B K H W 3"], dict[str, Int[Array, "B K"]]]:
+    """Every subject posed and splatted for each of its views, on white; each device renders its own subjects.
+
+    Args:
+      head: that the points are bound to.
+      decoded: of B subjects.
+      batch: of `SubjectViews`: points, binding, canonical, viewmats, Ks, flame.
+      capacity: tile intersections of one view (JAX back end); None is the renderer's generous guess.
+
+    Returns:
+      The images and, of each view, `overflow` (intersections the renderer had no room for; 0 = exact) and
+      `intersections`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    names = ("points", "binding", "canonical", "viewmats", "Ks", "flame")
+    inputs = decoded, {name: batch[name] for name in names}
+    how = {"width": width, "height": height, "capacity": capacity, "backend": backend}
+    local = functools.partial(_render_rows, **how)
+    if mesh.empty or mesh.size == 1:
+        return local(head, *inputs)
+    spec = PartitionSpec(("data", "fsdp"))
+    return jax.shard_map(local, in_specs=(PartitionSpec(), spec, spec), out_specs=spec)(head, *inputs)
+
+
+def make_loss(
+    config: DecoderConfig,
+    frozen: Mapping[str, Any],
+    width: int,
+    height: int,
+    *,
+    capacity: int | None = None,
+    backend: str = "auto",
+) -> LossFn:
+    """The photometric loss over a batch, as sums over its views; NaN where the renderer's capacity did not suffice.
+
+    The extra sums: l1, ssim, psnr, lpips (where `frozen` has its weights), offset (root mean square, millimetres),
+    overflow and intersections (largest of a view).
+    """
+
+    def loss_fn(params: Params, batch: Batch, key: Key):
+        del key  # Nothing here is random.
+        decoded = decode_batch(params, config, batch)
+        images, info = render_views(frozen["head"], decoded, batch, width, height, capacity=capacity, backend=backend)
+        weight = batch["weight"].astype(jnp.float32)
+        with jax.named_scope("loss"):
+            target = batch["image"].astype(jnp.float32) / 255
+            views = {"l1": l1(images, target), "ssim": ssim(images, target)}
+            if "lpips" in frozen and config.lambda_lpips:
+                views["lpips"] = lpips(images, target, frozen["lpips"])
+            square = jnp.sum(decoded.offsets.astype(jnp.float32) ** 2, axis=(1, 2)) / batch["num_points"]
+            each = config.lambda_l1 * views["l1"] + config.lambda_ssim * (1 - views["ssim"])
+            each += config.lambda_reg * square[:, None]
+            if "lpips" in views:
+                each += config.lambda_lpips * views["lpips"]
+            # An equal image would be infinitely good.
+            views["psnr"] = jnp.minimum(psnr(jax.lax.stop_gradient(images), target), 100)
+        total, count = jnp.sum(each * weight), jnp.sum(weight)
+        overflow, intersections = (jnp.max(info[name]).astype(jnp.float32) for name in ("overflow", "intersections"))
+        one = jnp.ones((), jnp.float32)
+        extra = {name: (jnp.sum(value * weight), count) for name, value in views.items()}
+        extra |= {
+            "offset_mm": (1e3 * jnp.sum(jnp.sqrt(square) * weight.max(1)), jnp.sum(weight.max(1))),
+            "overflow": (overflow, one),
+            "intersections": (intersections, one),
+        }
+        # A step on a wrong picture must not count: `train_step` leaves the state alone where the loss is not finite.
+        return jnp.where(overflow > 0, jnp.nan, total), count, extra
+
+    return loss_fn
+
+
+class GrowingStep:
+    """The train step with a capacity that grows: a step whose pictures did not fit is done again with more room.
+
+    Call it as `training.loop.train` does. `capacity` is what is in use; it belongs into the checkpoint (`meta`),
+    because another one may round differently.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        frozen: Mapping[str, Any],
+        optimizer: optax.GradientTransformation,
+        width: int,
+        height: int,
+        *,
+        capacity: int,
+        backend: str = "auto",
+        on_grow: Callable[[int], None] = lambda capacity: None,
+    ):
+        self.capacity, self._frozen, self._on_grow = capacity, frozen, on_grow
+        self._exact = renders_exactly(backend)
+        settings: TrainConfig = config.train
+
+        def step(state, batch, frozen, capacity):
+            loss_fn = make_loss(config, frozen, width, height, capacity=capacity, backend=backend)
+            return train_step(state, batch, loss_fn=loss_fn, optimizer=optimizer, config=settings)
+
+        self._step = jax.jit(step, static_argnums=3, donate_argnums=0)
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        while True:
+            state, metrics = self._step(state, batch, self._frozen, self.capacity)
+            metrics = dict(metrics)
+            overflow, needed = metrics.pop("overflow"), metrics.pop("intersections")
+            # gsplat has no bound, and asking would make the device wait for the host.
+            if self._exact or float(jax.device_get(overflow)) == 0:
+                return state, metrics
+            self.capacity = grown(self.capacity, float(jax.device_get(needed)))
+            _log.warning(
+                "the renderer's capacity grows to %d tile intersections per view; step repeated", self.capacity
+            )
+            self._on_grow(self.capacity)
+            state = _step_back(state)
+
+
+def renders_exactly(backend: str) -> bool:
+    """Whether this back end needs no capacity."""
+    from renderer_bridge import gsplat_dlpack
+
+    return backend == "gsplat" or (backend == "auto" and gsplat_dlpack.unavailable() is None)
+
+
+def first_capacity(points: int, width: int, height: int) -> int:
+    """Tile intersections of one view to begin with: four a point, as clouds of this kind have."""
+    return grown(0, 4 * points + 16 * math.ceil(width / 16) * math.ceil(height / 16))
+
+
+def grown(capacity: int, needed: float) -> int:
+    """The next capacity: a quarter above the need, at two leading bits, so that few programs are compiled."""
+    need = max(int(1.25 * needed), capacity + 1, 1024)
+    step = 1 << max(need.bit_length() - 2, 0)
+    return -(-need // step) * step
+
+
+def make_evaluation(
+    config: DecoderConfig,
+    frozen: Mapping[str, Any],
+    mesh: Mesh,
+    streams: Mapping[str, Callable[[], Iterable[Mapping[str, Any]]]],
+    width: int,
+    height: int,
+    *,
+    capacity: int,
+    backend: str = "auto",
+    strips: Callable[[str, list[tuple[np.ndarray, np.ndarray]]], None] | None = None,
+    num_strips: int = 6,
+) -> Callable[[Params], dict[str, float]]:
+    """A function from parameters to scores of finite streams of batches.
+
+    Args:
+      streams: name → makes a stream (`subject_batches` of a source that does not shuffle).
+      capacity: to begin with; grown when a view needs more.
+      strips: gets a stream's name and its first pictures: (rendered, photograph), [H, W, 3] float in [0, 1]; of this
+        process's subjects.
+
+    Returns:
+      params → {"<stream>_psnr": dB, "<stream>_ssim": …, "<stream>_l1", "<stream>_lpips"}, means over views.
+    """
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def score(params, batch, frozen, capacity):
+        _, _, extra = make_loss(config, frozen, width, height, capacity=capacity, backend=backend)(params, batch, None)
+        decoded = decode_batch(params, config, batch)
+        images, _ = render_views(frozen["head"], decoded, batch, width, height, capacity=capacity, backend=backend)
+        return extra, images
+
+    room = capacity
+
+    def evaluate(params: Params) -> dict[str, float]:
+        nonlocal room
+        found = {}
+        for name, stream in streams.items():
+            totals: dict[str, np.ndarray] = {}
+            pictures: list[tuple[np.ndarray, np.ndarray]] = []
+            for batch in stream():
+                batch = dict(batch)
+                with jax.set_mesh(mesh):
+                    arrays = shard_batch(batch, mesh)
+                    while True:
+                        extra, images = score(params, arrays, frozen, room)
+                        if not float(extra["overflow"][0]):
+                            break
+                        room = grown(room, float(extra["intersections"][0]))
+                for key in set(extra) - {"overflow", "intersections", "offset_mm"}:
+                    totals[key] = totals.get(key, np.zeros(2)) + np.array([float(x) for x in extra[key]])
+                if strips is not None and len(pictures) < num_strips:
+                    pictures += _pairs(images, batch)
+            found |= {f"{name}_{key}": float(v / max(n, 1)) for key, (v, n) in totals.items()}
+            if strips is not None:
+                strips(name, pictures[:num_strips])
+        return found
+
+    return evaluate
+
+
+def _pairs(images: Array, batch: Mapping[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(rendered, photograph) of one view of each of this process's subjects."""
+    shards = sorted(images.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    rows = np.concatenate([np.asarray(s.data) for s in shards if s.replica_id == 0])
+    real = np.flatnonzero(np.asarray(batch["weight"])[:, 0] > 0)
+    return [(np.clip(rows[i, 0], 0, 1), np.asarray(batch["image"][i, 0], np.float32) / 255) for i in real]
+
+
+def _render_rows(head: FlameModel, decoded: Decoded, batch, *, width: int, height: int, capacity, backend: str):
+    """[b, K, H, W, 3] of this device's subjects."""
+    map_ = jax.vmap if renders_exactly(backend) else _one_by_one
+
+    def subject(row):
+        decoded, batch = row
+        with jax.named_scope("rig"):
+            canonical = FlameParams(**batch["canonical"])
+            rig = bind_points(head, canonical, batch["points"], batch["binding"])
+        avatar = rigged(decoded, rig)
+
+        def view(one):
+            params = canonical.replace(**one["flame"])
+            posed = animate(avatar, head, params)
+            image, _, info = rasterize(
+                posed.means,
+                posed.quats,
+                posed.scales,
+                posed.opacities,
+                posed.colors,
+                one["viewmats"][None],
+                one["Ks"][None],
+                width,
+                height,
+                backgrounds=jnp.ones((1, 3), posed.means.dtype),
+                backend=backend,
+                capacity=capacity,
+            )
+            return image[0], {name: info[name] for name in ("overflow", "intersections")}
+
+        return map_(view)({name: batch[name] for name in ("viewmats", "Ks", "flame")})
+
+    return map_(subject)((decoded, batch))
+
+
+def _one_by_one(function):
+    # Tiles of the JAX rasteriser are loops of data-dependent length: a batch of views would wait for the longest.
+    return functools.partial(jax.lax.map, function)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _step_back(state: TrainState) -> TrainState:
+    return state.replace(step=state.step - 1)
