@@ -48,7 +48,7 @@ from pointillist_jax.training import ar
 from pointillist_jax.training.checkpoints import Checkpoints
 from pointillist_jax.training.loop import resume_or_init, train
 from pointillist_jax.training.metric_log import read_metrics
-from pointillist_jax.training.state import TrainState, make_optimizer, make_schedule, train_step
+from pointillist_jax.training.state import TrainState, jit_step, make_optimizer, make_schedule, train_step
 
 STORE = flags.DEFINE_string("store", None, "The token store (experiments.tokenize).")
 WORKDIR = flags.DEFINE_string("workdir", "outputs/ar", "Where the run goes.")
@@ -160,7 +160,7 @@ def train_ar(
         state = resume_or_init(checkpoints, init, optimizer, settings, key, devices, stream)
         state, stopped = train(
             state,
-            jax.jit(step, donate_argnums=0),
+            jit_step(step, state),
             stream,
             config=settings,
             mesh=devices,

@@ -74,7 +74,7 @@ def train(
 
     Args:
       state: where to start; its buffers are donated to the steps.
-      step_fn: jitted, with the state donated.
+      step_fn: from `training.state.jit_step`.
       stream: this process's part of each batch, as NumPy; a Grain iterator, so that checkpoints hold its position.
       meta: JSON content to save with every checkpoint.
       schedule: for the learning rate in the log.

@@ -13,6 +13,8 @@ import jax
 import tensorboardX
 from tqdm import tqdm
 
+from pointillist_jax.files import atomic_path
+
 
 class MetricLog:
     """Writes `<workdir>/metrics.jsonl` and `<workdir>/tensorboard/` from the first process; other processes write none.
@@ -33,7 +35,8 @@ class MetricLog:
             workdir.mkdir(parents=True, exist_ok=True)
             path = workdir / "metrics.jsonl"
             kept = [line for line in _lines(path) if line["step"] <= start]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            with atomic_path(path) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             self._file = path.open("a")
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=steps, initial=start, unit="step", disable=not bar or self._file is None)

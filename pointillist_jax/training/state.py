@@ -157,6 +157,16 @@ def train_step(
     return new.replace(step=state.step + 1), metrics | extra
 
 
+def jit_step(step: Callable[[TrainState, Batch], tuple[TrainState, Any]], state: TrainState) -> Callable:
+    """`step` compiled for the layout of `state`, which is donated.
+
+    The new state is asked to lie as the old one: XLA would choose a layout of its own, and the second step be compiled
+    anew for it.
+    """
+    layout = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+
+
 def _norm(tree) -> Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
 

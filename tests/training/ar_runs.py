@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pointillist_jax.configs import Config, DataConfig, EncoderConfig, ModelConfig, TrainConfig, preset
-from pointillist_jax.data.condition_features import FeatureSpec, create_features, feature_kind
+from pointillist_jax.data.condition_features import ConditionFeatures, FeatureSpec, create_features, feature_kind
 from pointillist_jax.data.token_store import (
     FLAME_FIELDS,
     StoreSpec,
@@ -47,31 +47,36 @@ def changed(config: Config = CONFIG, **train) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
 
 
-def write_people(path: Path) -> TokenStore:
-    """Six people whose clouds are ellipsoids of their own, with portraits of their own grey and random features."""
+def write_people(path: Path, side: int = 14) -> TokenStore:
+    """Six people whose clouds are ellipsoids of their own, with pictures of noise as portraits."""
     rng, head = np.random.default_rng(0), open_head("coarse")
     tokenizer = PointTokenizer(num_faces=head.num_faces)
     neutral = head.neutral_params()
-    flame = {key: np.asarray(getattr(neutral, key)) for key in FLAME_FIELDS}
     records = []
     for i in range(6):
         points = rng.normal(size=(40, 3))
         points *= (0.1 + 0.02 * i) / np.linalg.norm(points, axis=1, keepdims=True)
+        flame = {key: rng.normal(0, 0.3, getattr(neutral, key).shape).astype(np.float32) for key in FLAME_FIELDS}
         records.append(
             SubjectRecord(
                 name=f"p{i}", tokens=tokenizer.encode(points, rng.integers(0, 20, 40)), shape=flame["shape"],
-                portrait=np.full((14, 14, 3), 40 * i, np.uint8), flame=flame, fit_sha256=str(i),
+                portrait=rng.integers(0, 256, (side, side, 3), dtype=np.uint8), flame=flame, fit_sha256=str(i),
             )
         )  # fmt: skip
-    writer = StoreWriter(path, StoreSpec(tokenizer, head.sha256, head.source, portrait_size=14))
+    writer = StoreWriter(path, StoreSpec(tokenizer, head.sha256, head.source, portrait_size=side))
     writer.write_shard(records)
     writer.finish()
-    store, shapes = open_store(path), feature_shapes(CONFIG.model)
-    spec = FeatureSpec(feature_kind(CONFIG.model.encoder), shapes, {"image": "random", "points": "random"})
+    return open_store(path)
+
+
+def write_features(store: TokenStore, config: Config = CONFIG, weights: str = "noise", **options) -> ConditionFeatures:
+    """Random features for everyone."""
+    rng, shapes = np.random.default_rng(1), feature_shapes(config.model)
+    spec = FeatureSpec(feature_kind(config.model.encoder), shapes, {"image": weights, "points": weights}, **options)
     features = create_features(store, spec, resume=False, overwrite=False)
     for i in range(len(store)):
         features.write(i, {name: rng.normal(size=shape) for name, shape in shapes.items()})
-    return store
+    return features
 
 
 def command(store: Path, workdir: Path, config: Config = CONFIG, *more: str) -> list[str]:
@@ -97,7 +102,9 @@ def start(arguments: list[str], cache: Path, devices: int = 1) -> subprocess.Pop
     """Starts a command on simulated CPU devices. `cache` keeps compiled programs for the next start."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # Compiling is most of the time here: LLVM's expensive passes are left out.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_llvm_disable_expensive_passes=true "
+        "--xla_backend_optimization_level=0",
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

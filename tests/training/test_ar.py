@@ -1,87 +1,166 @@
-"""Stage one end to end on a small store: resume, kills, meshes, processes, what is refused."""
+"""Stage one as its script runs it, on a small store: resume, kills, signals, meshes, processes, divergence."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import shutil
+import re
+import signal
+import socket
+import sys
+import time
 
 import jax
 import numpy as np
 import pytest
-from absl import flags
 
-from pointillist_jax.data.windows import window_batches
-from pointillist_jax.files import UserError
-from pointillist_jax.flame import open_head
 from pointillist_jax.training.checkpoints import Checkpoints, load_params
 from pointillist_jax.training.metric_log import read_metrics
-from tests.training import ar_runs
-from tests.training.ar_runs import CONFIG, changed, losses
+from tests.training.ar_runs import changed, command, finish, losses, start, wait_for, write_features, write_people
+
+# An average and a z-loss, so that both are part of what has to be resumed.
+SETTINGS = {"ema_decay": 0.5, "z_loss": 1e-2}
+MESH = "data:2,fsdp:2,tensor:2"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def people(tmp_path_factory):
-    return ar_runs.write_people(tmp_path_factory.mktemp("people") / "store")
+    store = write_people(tmp_path_factory.mktemp("people") / "store")
+    write_features(store)
+    return store.path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Compiled programs, kept between processes and between calls in this one."""
+    """Compiled programs, kept between processes."""
     return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture(scope="module")
-def train(people, cache):
-    # The script's flags belong to its own command line; here only its functions are used.
-    flags.FLAGS.unparse_flags()
-    from experiments.train_ar import summarize, train_ar
-
-    settings = {
-        "jax_compilation_cache_dir": str(cache),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    jax.tree.map(jax.config.update, list(settings), list(settings.values()))
-
-    def run(workdir, config=CONFIG):
-        config = dataclasses.replace(config, model=config.model.for_tokenizer(people.tokenizer))
-        state, stopped, held_out = train_ar(people, open_head("coarse"), config, workdir, bar=False)
-        assert stopped is None
-        return state, summarize(workdir, people, config, held_out)
-
-    yield run
-    jax.tree.map(jax.config.update, list(before), list(before.values()))
+def runs(people, cache, tmp_path_factory):
+    """Runs on 8 devices: four steps at once, two and two, and two more on another mesh."""
+    root = tmp_path_factory.mktemp("runs")
+    both = SETTINGS | {"steps": 2}
+    wanted = [
+        (root / "halves", MESH, both),
+        (root / "other", MESH, both),
+        (root / "one", MESH, both),
+        (root / "halves", MESH, SETTINGS),
+        (root / "whole", MESH, SETTINGS),
+        (root / "other", "fsdp:4,context:2", SETTINGS),
+    ]
+    arguments = json.dumps([(str(workdir), mesh, changes) for workdir, mesh, changes in wanted])
+    said = finish(start([sys.executable, "-m", "tests.training.ar_program", str(people), arguments], cache, devices=8))
+    return root, json.loads(said.splitlines()[-1])
 
 
-def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+def test_two_steps_and_two_more_are_four_bitwise(runs):
+    root, found = runs
+    halves, whole = found[3], found[4]
+    assert whole["shard"] == [1, 16, 2, 8]
+    assert halves == whole
+    assert losses(root / "halves") == losses(root / "whole")
+    assert list(losses(root / "whole")) == [1, 2, 3, 4]
+    assert found[0]["state"] == found[1]["state"] != whole["state"]
 
 
-@pytest.fixture(scope="module")
-def whole(train, tmp_path_factory):
-    """Four steps without interruption, with an average and a z-loss."""
-    workdir = tmp_path_factory.mktemp("whole")
-    state, _ = train(workdir, changed(ema_decay=0.5, z_loss=1e-2))
-    return workdir, state
+def test_a_checkpoint_goes_on_on_another_mesh_and_another_number_of_devices(runs, people, cache):
+    root, found = runs
+    assert found[5]["shard"] == [1, 8, 4, 8]
+    finish(start(command(people, root / "one", changed(**SETTINGS)), cache))
+    expected = list(losses(root / "whole").values())
+    for name in ("other", "one"):
+        np.testing.assert_allclose(list(losses(root / name).values()), expected, rtol=1e-5)
+    for a, b in zip(*(jax.tree.leaves(load_params(root / name)[0]) for name in ("one", "whole")), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_two_steps_and_two_more_are_four_bitwise(train, whole, tmp_path):
-    train(tmp_path, changed(steps=2, ema_decay=0.5, z_loss=1e-2))
-    state, _ = train(tmp_path, changed(ema_decay=0.5, z_loss=1e-2))
-    assert_same(state, whole[1])
-    assert losses(tmp_path) == losses(whole[0])
-    assert list(losses(tmp_path)) == [1, 2, 3, 4]
-
-
-def test_the_average_is_what_is_loaded_unless_one_asks_for_the_parameters(whole):
-    workdir, state = whole
-    params, meta = load_params(workdir)
-    assert_same(params, state.ema)
-    assert_same(load_params(workdir, ema=False)[0], state.params)
-    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), state.ema, state.params)
-    assert all(jax.tree.leaves(moved))
+def test_the_average_is_what_is_loaded_unless_one_asks_for_the_parameters(runs):
+    root, _ = runs
+    average, meta = load_params(root / "whole")
+    params, _ = load_params(root / "whole", ema=False)
+    before, _ = load_params(root / "whole", step=2)
+    # Steps 3 and 4 come from step 2's average; its memory is (1 + n) / (10 + n) while the run is young.
+    for old, new, last in zip(*map(jax.tree.leaves, (before, average, params)), strict=True):
+        assert np.abs(new - last).max() > 0
+        assert np.abs(new - last).max() <= np.abs(old - last).max() + 1e-6
     # What the run was trained on, so that a new portrait can be encoded the same way.
     assert meta["features"]["kind"] == "tiny-14_tiny-16"
-    assert meta["features"]["weights"] == {"image": "random", "points": "random"}
+    assert meta["features"]["weights"] == {"image": "noise", "points": "noise"}
     assert meta["config"]["model"]["encoder"]["frozen"] is True
+
+
+def test_z_loss_is_part_of_the_loss_and_not_of_the_likelihood(runs):
+    root, _ = runs
+    for line in read_metrics(root / "whole"):
+        # Over 1024 or more classes of about equal logits log²(Σ exp) is at least ln(1024)² = 48.
+        assert 0.3 < line["loss"] - line["nll"] < 1
+
+
+def test_sigterm_saves_and_exits_0(people, cache, tmp_path):
+    run = command(people, tmp_path, changed(steps=1_000_000, checkpoint_every=1_000_000))
+    process = start(run, cache)
+    assert wait_for(lambda: 3 in losses(tmp_path), process), finish(process)
+    process.send_signal(signal.SIGTERM)
+    said = finish(process)
+    assert "stopped by SIGTERM" in said
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [list(losses(tmp_path))[-1]]
+
+
+def test_divergence_ends_in_one_sentence_and_the_profile_is_written(people, cache, tmp_path):
+    config = changed(learning_rate=1e30, warmup_steps=0, clip_norm=0.0, checkpoint_every=1)
+    process = start(command(people, tmp_path, config, "--profile=1:4"), cache)
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 2, said
+    assert "Traceback" not in said
+    assert re.search(r"error: step ([23]): loss .* not both finite \(subjects p\d.*the last good checkpoint is", said)
+    # The trace that the divergence cut short is on disk.
+    assert any(path.stat().st_size for path in (tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_curve_is_the_uninterrupted_one(people, cache, rng, tmp_path):
+    config = changed(steps=600, checkpoint_every=5)
+    finish(start(command(people, tmp_path / "whole", config), cache))
+    killed = tmp_path / "killed"
+    saving = cut = 0
+    for kill in range(10):
+        lines = len(losses(killed))
+        process = start(command(people, killed, config), cache)
+        going = wait_for(lambda lines=lines: len(losses(killed)) > lines, process)
+        if kill % 2:
+            going = wait_for(lambda: any((killed / "checkpoints").glob("*tmp*")), process)
+        else:
+            time.sleep(rng.uniform(0, 0.3))
+        cut += going and process.poll() is None
+        process.kill()
+        process.communicate()
+        saving += any((killed / "checkpoints").glob("*tmp*"))
+    assert cut > 2
+    assert saving
+    finish(start(command(people, killed, config), cache))
+    assert losses(killed) == losses(tmp_path / "whole")
+    assert len(losses(killed)) == 600
+    params = [load_params(path)[0] for path in (killed, tmp_path / "whole")]
+    jax.tree.map(np.testing.assert_array_equal, *params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data:4", "data:1,fsdp:2,tensor:2", "tensor:4"])
+def test_two_processes_are_one(people, cache, tmp_path, mesh):
+    """Two processes of two devices each, against one of four. tensor:4: both read the same examples."""
+    config = changed(steps=3, **SETTINGS)
+    finish(start(command(people, tmp_path / "one", config, f"--mesh={mesh}"), cache, devices=4))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    job = [f"--mesh={mesh}", f"--coordinator=localhost:{port}", "--num_processes=2"]
+    both = [
+        start(command(people, tmp_path / "two", config, *job, f"--process_id={i}"), tmp_path / f"cache{i}", devices=2)
+        for i in range(2)
+    ]
+    for process in both:
+        finish(process)
+    one, two = (list(losses(tmp_path / name).values()) for name in ("one", "two"))
+    assert len(two) == 3
+    np.testing.assert_allclose(two, one, rtol=1e-5)
