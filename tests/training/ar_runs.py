@@ -98,13 +98,15 @@ def _flags(old, new, path: str) -> list[str]:
     return found
 
 
-def start(arguments: list[str], cache: Path, devices: int = 1) -> subprocess.Popen:
-    """Starts a command on simulated CPU devices. `cache` keeps compiled programs for the next start."""
+def start(arguments: list[str], cache: Path, devices: int = 1, optimized: bool = False) -> subprocess.Popen:
+    """Starts a command on simulated CPU devices. `cache` keeps compiled programs for the next start.
+
+    Compiling is most of the time in these tests: unless `optimized`, LLVM's expensive passes are left out.
+    """
+    quick = "" if optimized else " --xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        # Compiling is most of the time here: LLVM's expensive passes are left out.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_llvm_disable_expensive_passes=true "
-        "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}{quick}",
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

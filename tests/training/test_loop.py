@@ -1,15 +1,9 @@
-"""The training runtime on a toy: resume, kills, divergence, accumulation."""
+"""The training runtime on a toy: resume, divergence, accumulation. Signals and kills: test_ar.py."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +16,6 @@ from pointillist_jax.training.loop import TrainingDiverged
 from pointillist_jax.training.metric_log import read_metrics
 from pointillist_jax.training.state import make_optimizer, make_schedule
 from tests.training import toy
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def losses(workdir) -> dict[int, float]:
@@ -151,50 +143,3 @@ def test_weight_decay_spares_norms():
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     np.testing.assert_allclose(updates["w1"], -0.1, rtol=1e-6)
     assert not np.any(updates["scale"])
-
-
-def start(workdir, steps: int) -> subprocess.Popen:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.training.toy", str(workdir), str(steps)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def wait_for_step(workdir, step: int, process) -> None:
-    limit = time.monotonic() + 120
-    while time.monotonic() < limit and process.poll() is None:
-        if any(line["step"] >= step for line in read_metrics(workdir)):
-            return
-        time.sleep(0.02)
-    process.kill()
-    raise AssertionError(process.communicate()[0])
-
-
-def test_sigterm_saves_and_exits_0(tmp_path):
-    process = start(tmp_path, 100_000)
-    wait_for_step(tmp_path, 3, process)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, said
-    assert "stopped by SIGTERM" in said
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.steps[-1] == list(losses(tmp_path))[-1]
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_the_curve_is_the_uninterrupted_one(rng, tmp_path):
-    steps = 400
-    process = start(tmp_path / "whole", steps)
-    assert process.wait(timeout=300) == 0, process.communicate()[0]
-    for _ in range(10):
-        lines = read_metrics(tmp_path / "killed")
-        process = start(tmp_path / "killed", steps)
-        wait_for_step(tmp_path / "killed", 1 + (lines[-1]["step"] if lines else 0), process)
-        time.sleep(rng.uniform(0, 0.5))
-        process.kill()
-        process.wait()
-    process = start(tmp_path / "killed", steps)
-    assert process.wait(timeout=300) == 0, process.communicate()[0]
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    assert_same(load_params(tmp_path / "killed")[0], load_params(tmp_path / "whole")[0])

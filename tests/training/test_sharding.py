@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from pointillist_jax.files import UserError
-from pointillist_jax.sharding import make_mesh, shard_batch, shardings_for, start_processes
+from pointillist_jax.sharding import batch_share, make_mesh, shard_batch, shardings_for, start_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 # Mesh → the part of the toy's first matrix [4 embed, 16 mlp] that one device holds after a step.
@@ -67,6 +68,36 @@ def test_an_axis_that_does_not_divide_is_named():
 def test_a_batch_that_does_not_divide_is_refused():
     mesh = make_mesh("", jax.devices()[:1])
     assert shard_batch({"x": np.zeros((3, 2))}, mesh)["x"].shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices_per_process", "shares"),
+    [
+        ((4, 1, 1, 1), 2, [(0, 2), (1, 2)]),
+        ((2, 2, 1, 1), 1, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((2, 1, 2, 1), 2, [(0, 2), (1, 2)]),
+        # Processes that differ on tensor or context alone read the same examples.
+        ((1, 1, 4, 1), 2, [(0, 1), (0, 1)]),
+        ((2, 1, 1, 2), 1, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ],
+)
+def test_processes_that_hold_the_same_examples_read_the_same(sizes, devices_per_process, shares):
+    found = [batch_share(FakeMesh(sizes, devices_per_process), p) for p in range(len(shares))]
+    assert found == shares
+
+
+def test_processes_that_share_some_examples_are_refused():
+    with pytest.raises(UserError, match="overlapping parts"):
+        batch_share(FakeMesh((2, 1, 3, 1), 2), 0)
+
+
+class FakeMesh:
+    """Devices in order, so many to a process."""
+
+    def __init__(self, sizes, devices_per_process):
+        self.shape = dict(zip(("data", "fsdp", "tensor", "context"), sizes, strict=True))
+        ids = np.arange(np.prod(sizes)) // devices_per_process
+        self.devices = np.array([SimpleNamespace(process_index=int(i)) for i in ids]).reshape(sizes)
 
 
 def test_flags_of_several_processes_go_together():

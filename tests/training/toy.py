@@ -1,13 +1,9 @@
-"""A small sharded regression that the runtime is tested with, and its command line for runs that get killed.
-
-python -m tests.training.toy <workdir> <steps>
-"""
+"""A small sharded regression that the runtime is tested with."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from pathlib import Path
 
 import flax.linen as nn
@@ -91,8 +87,3 @@ def run(workdir: Path, config: TrainConfig = CONFIG, mesh: str = "", stream=None
             bar=False,
             **kwargs,
         )
-
-
-if __name__ == "__main__":
-    _, stopped = run(Path(sys.argv[1]), dataclasses.replace(CONFIG, steps=int(sys.argv[2]), checkpoint_every=5))
-    print("stopped by", stopped)
