@@ -122,15 +122,18 @@ class ConditionFeatures:
             )
 
 
-def open_features(store: TokenStore, kind: str, shapes: Shapes) -> ConditionFeatures:
+def open_features(
+    store: TokenStore, kind: str, shapes: Shapes, weights: Mapping[str, str] | None = None
+) -> ConditionFeatures:
     """The features of this kind that a store holds.
 
     Args:
       kind: `feature_kind` of the encoders in use.
       shapes: of their outputs (`models.condition.feature_shapes`).
+      weights: of the encoders that a model was trained with (`meta["features"]["weights"]`); None takes any.
 
     Raises:
-      UserError: there are none; the sentence names the command that makes them.
+      UserError: there are none, and the sentence names the command that makes them; or they are of other weights.
       FileFormatError: their meta.json is damaged or says something else.
     """
     spec = _read_spec(store, kind)
@@ -144,6 +147,11 @@ def open_features(store: TokenStore, kind: str, shapes: Shapes) -> ConditionFeat
         raise FileFormatError(
             f"{store.features_path(kind, 0).parent / META} says shapes {found}, expected {dict(shapes)}: compute the "
             f"features again with `{COMMAND} … --overwrite`."
+        )
+    if weights is not None and dict(weights) != spec.weights:
+        raise UserError(
+            f"the features {kind} of {store.path} are of other weights ({dict(spec.weights)}) than the model was "
+            f"trained with ({dict(weights)}): compute them again with `{COMMAND} … --overwrite` and those weights."
         )
     return ConditionFeatures(store, spec)
 

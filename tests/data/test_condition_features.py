@@ -85,6 +85,9 @@ def test_what_is_there_is_kept_resumed_or_replaced(store, written):
     ):
         with pytest.raises(UserError, match=said):
             create_features(store, dataclasses.replace(SPEC, **change), resume=True, overwrite=False)
+    assert open_features(store, SPEC.kind, SHAPES, SPEC.weights).spec == SPEC
+    with pytest.raises(UserError, match=r"other weights .* than the model was trained with"):
+        open_features(store, SPEC.kind, SHAPES, SPEC.weights | {"points": "random-0"})
     leftover = store.features_path(SPEC.kind, 0).parent / ".person_0000.tmp-abc.npz"
     leftover.write_bytes(b"half")
     assert create_features(store, SPEC, resume=True, overwrite=False).has(2)

@@ -1,8 +1,8 @@
 """One real training step in a process of its own, and the memory it took; prints JSON.
 
-    python -m tests.training.step_memory <window>
+    python -m tests.training.step_memory <window> [<batch>]
 
-The tiny preset at another window, batch 1, on stored features. `largest` counts the elements of the compiled program's
+The tiny preset at another window, on stored features. `largest` counts the elements of the compiled program's
 largest array, `before_gib` is what the process had taken when everything was compiled.
 """
 
@@ -76,15 +76,17 @@ def largest(text: str) -> int:
 
 
 def main() -> None:
-    config, mesh = config_at(int(sys.argv[1])), make_mesh("")
+    config, mesh = config_at(int(sys.argv[1]), attention="chunked"), make_mesh("")
+    size = int(sys.argv[2]) if len(sys.argv) > 2 else 1
     state, _ = init_state(ar.init_params(config), make_optimizer(TRAIN), TRAIN, jax.random.PRNGKey(0), mesh)
-    batch = shard_batch(make_batch(config, np.random.default_rng(0)), mesh)
+    batch = shard_batch(make_batch(config, np.random.default_rng(0), size), mesh)
     compiled = lower(config, state, batch, mesh).compile()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with jax.set_mesh(mesh):
         _, metrics = compiled(state, batch)
     found = {
         "window": config.window,
+        "batch": size,
         "loss": float(metrics["loss"]),
         "largest": largest(compiled.as_text()),
         "temporaries_gib": compiled.memory_analysis().temp_size_in_bytes / 2**30,
