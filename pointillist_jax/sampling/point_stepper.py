@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from pointillist_jax.models.ar import accumulator
-from pointillist_jax.models.layers import Params, cast, rms_norm, rope_angles
+from pointillist_jax.models.layers import Params, cast, rms_norm
 from pointillist_jax.models.point_step import SlotHead, slot_heads, slot_state
-from pointillist_jax.sampling.steppers import Choose, Clock, Memory, TokenStepper, cached_layer
+from pointillist_jax.sampling.steppers import Choose, Memory, TokenStepper
 from pointillist_jax.tokens import SLOTS
 
 
@@ -56,7 +56,7 @@ class PointStepper(TokenStepper):
         )
 
     def point(
-        self, weights: PointWeights, cache: Any, memory: Memory, hidden: Array, clock: Clock, choose: Choose
+        self, weights: PointWeights, cache: Any, memory: Memory, hidden: Array, age: Array, choose: Choose
     ) -> tuple[Any, Array, Array]:
         residual, state = hidden, rms_norm(hidden, weights.heads[0].norm)
         states, point = [], 0
@@ -69,19 +69,7 @@ class PointStepper(TokenStepper):
                 if slot < 3:
                     residual, state = slot_state(weights.heads[slot + 1], residual, weights.inputs[slot][value])
                     states.append(state)
-        x = jnp.where((clock.age == 0)[:, None], weights.point_start, point)
-        cache, hidden = self._backbone(weights, cache, memory, x, clock)
+        x = jnp.where((age == 0)[:, None], weights.point_start, point)
+        cache, hidden = self.backbone(weights, cache, memory, x, age)
         residual, state = slot_state(weights.heads[0], hidden)
         return cache, residual, jnp.stack([*states, state], axis=1)
-
-    def _backbone(self, weights: PointWeights, cache, memory: Memory, x: Float[Array, "B D"], clock: Clock):
-        config = self.config
-        place = clock.step % config.window
-        written = (place - jnp.arange(config.window)) % config.window  # How many points ago.
-        seen = written <= clock.age[:, None]
-        angles = rope_angles(clock.age, config.head_dim, config.rope_theta, accumulator(config))
-        new = []
-        for layer, layer_cache, context_kv in zip(weights.layers, cache, memory.layers, strict=True):
-            x, layer_cache = cached_layer(layer, config, x, angles, context_kv, memory.valid, layer_cache, place, seen)
-            new.append(layer_cache)
-        return tuple(new), rms_norm(x, weights.final_norm)

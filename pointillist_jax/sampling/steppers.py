@@ -160,11 +160,14 @@ class TokenStepper:
                 logits = jnp.matmul(hidden, weights.outputs[slot], preferred_element_type=accumulator(self.config))
                 value = choose(slot, logits[:, :classes])
                 x = jnp.where(starting, weights.start[slot], weights.inputs[slot][value])
-                cache, hidden = self._token(weights, cache, memory, x, 4 * age + slot)
+                cache, hidden = self.backbone(weights, cache, memory, x, 4 * age + slot)
                 states.append(hidden)
         return cache, hidden, jnp.stack(states, axis=1)
 
-    def _token(self, weights: Weights, cache, memory: Memory, x: Float[Array, "B D"], position: Int[Array, "B"]):
+    def backbone(
+        self, weights: Weights, cache: Any, memory: Memory, x: Float[Array, "B D"], position: Int[Array, "B"]
+    ) -> tuple[Any, Float[Array, "B D"]]:
+        """All layers for one input per row, which stands at `position` of its sequence: (cache, normed output)."""
         config = self.config
         place = position % config.window
         seen = jnp.arange(config.window) <= position[:, None]
