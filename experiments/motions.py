@@ -57,3 +57,48 @@ def turn_and_talk(model: FlameModel, num_frames: int, fps: int = 24) -> FlamePar
         jaw_pose=angles(x=jaw),
         eyes_pose=jnp.concatenate([gaze, gaze], axis=-1),
     )
+
+
+def turn(model: FlameModel, num_frames: int, fps: int = 24, angle: float = 1.0) -> FlameParams:
+    """The head turns by `angle` radians to both sides, a third of it in the neck, and comes back."""
+    del fps
+    yaw = angle * np.sin(2 * math.pi * np.arange(num_frames) / num_frames)
+    zero = np.zeros_like(yaw)
+    return model.neutral_params((num_frames,)).replace(
+        rotation=jnp.asarray(np.stack([zero, yaw * 2 / 3, zero], axis=-1), jnp.float32),
+        neck_pose=jnp.asarray(np.stack([zero, yaw / 3, zero], axis=-1), jnp.float32),
+    )
+
+
+def talk(model: FlameModel, num_frames: int, fps: int = 24) -> FlameParams:
+    """Speech and blinks of `turn_and_talk`, the head held still."""
+    moving = turn_and_talk(model, num_frames, fps)
+    still = {name: jnp.zeros_like(getattr(moving, name)) for name in ("rotation", "neck_pose")}
+    return moving.replace(**still)
+
+
+def expressions(model: FlameModel, num_frames: int, fps: int = 24, most: int = 12) -> FlameParams:
+    """One expression direction after another comes and goes; at most the first `most`, then the jaw.
+
+    Args:
+      model: any head.
+      num_frames: T, shared out evenly.
+    """
+    del fps
+    num = min(most, model.expr_dirs.shape[-1])
+    phase = np.arange(num_frames) * (num + 1) / num_frames
+    amount = 0.5 - 0.5 * np.cos(2 * math.pi * (phase % 1))
+    which = np.floor(phase).astype(int)
+    expr = np.zeros((num_frames, model.expr_dirs.shape[-1]))
+    # FLAME's directions are standard deviations of a population, the open head's whole movements.
+    size = 1.0 if model.expr_names else 2.0
+    shown = which < num
+    expr[np.flatnonzero(shown), which[shown]] = size * amount[shown]
+    jaw = np.zeros((num_frames, 3))
+    jaw[:, 0] = np.where(shown, 0, 0.3 * amount)
+    return model.neutral_params((num_frames,)).replace(
+        expr=jnp.asarray(expr, jnp.float32), jaw_pose=jnp.asarray(jaw, jnp.float32)
+    )
+
+
+MOTIONS = {"turn": turn, "talk": talk, "expressions": expressions, "turn_and_talk": turn_and_talk}

@@ -2,12 +2,12 @@
 
     python -m experiments.train_decoder --config=tiny --features=outputs/features --captures=outputs/people
        --workdir=outputs/decoder [--vgg=vgg16-397923af.pth] [--resume|--overwrite] [--config.decoder.train.steps=600 …]
-       [--config.decoder.inputs=both|ar_only|position_only|none] [--config.decoder.points=ar|flame_vertices] [--compare]
-       [--mesh=data:4]
+       [--config.decoder.inputs=both|ar_only|position_only|none] [--config.decoder.points=ar|flame_vertices]
+       [--compare=all] [--mesh=data:4]
 
 `experiments.extract_features` makes the features. Subjects are those of the features that have a capture; the same
-ones are held out as in stage one (--config.data.held_out, --config.data.split_seed). `--compare` trains the method and
-its ablations one after another, in folders of their own, and prints one table. Several processes: as `train_ar`.
+ones are held out as in stage one (--config.data.held_out, --config.data.split_seed). `--compare=all` trains the method
+and its ablations one after another, in folders of their own, and prints one table. Several processes: as `train_ar`.
 
 Writes checkpoints/, metrics.jsonl, tensorboard/, strips/ (renders above photographs), curve.png and card.json. SIGTERM
 and Ctrl-C save and stop; --resume goes on from the newest checkpoint, on the same mesh bit for bit.
@@ -55,7 +55,8 @@ VGG = flags.DEFINE_string("vgg", None, "torchvision's vgg16-397923af.pth, for LP
 DOWNSCALE = flags.DEFINE_integer("downscale", 1, "Divide the pictures' sides by this.", lower_bound=1)
 IDENTITY = flags.DEFINE_enum("identity", "check", ("check", "first"), "As experiments.fit.")
 CY_FROM_BOTTOM = flags.DEFINE_boolean("cy_from_bottom", False, "As experiments.fit.")
-COMPARE = flags.DEFINE_boolean("compare", False, "Train the ablations too, and print one table.")
+COMPARE = flags.DEFINE_list("compare", [], "Train these one after another and print one table: all, or some of full, "
+                            "ar_only, position_only, flame_vertices, mean_colour.")  # fmt: skip
 SEED = flags.DEFINE_integer("seed", 0, "Of the initial parameters and the order of views.", lower_bound=0)
 RESUME = flags.DEFINE_boolean("resume", False, "Go on from the newest checkpoint in --workdir.")
 OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Delete --workdir first.")
@@ -115,7 +116,7 @@ def main() -> None:
     workdir = Path(WORKDIR.value)
     if not jax.process_index():
         open_workdir(workdir, OUTPUTS, resume=RESUME.value, overwrite=OVERWRITE.value)
-    variants = VARIANTS if COMPARE.value else {"": {}}
+    variants = chosen_variants() if COMPARE.value else {"": {}}
     table: dict[str, Any] = {}
     for name, change in variants.items():
         if name:
@@ -140,6 +141,14 @@ def main() -> None:
     print("  metrics.jsonl        one line per logged step; tensorboard/ shows the same")
     print("  strips/              renders above photographs, at every evaluation")
     print("  curve.png, card.json the loss; scores of all held-out views")
+
+
+def chosen_variants() -> dict[str, dict[str, str]]:
+    """Those of --compare."""
+    names = list(VARIANTS) if COMPARE.value == ["all"] else COMPARE.value
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise UserError(f"--compare={','.join(names)}: {unknown[0]!r} is none of all, {', '.join(VARIANTS)}.")
+    return {name: VARIANTS[name] for name in names}
 
 
 def load_data(config: Config) -> Data:
