@@ -7,8 +7,9 @@
 tokens, which takes one forward instead of thousands of steps. Writes <workdir>/<subject>.npz (tokens, points, binding,
 hidden [P, 4, D] in half precision) and meta.json.
 
-A kill costs the subjects in work: `--resume` makes those that are missing and touches no other, with the same result.
-Several processes share the people of one workdir: the same command with --num_shards=N and --shard=0 … N-1.
+A kill costs the subjects in work: `--resume` makes those that are missing and touches no other; teacher-forced features
+are then the same to the byte, for the same --batch. Several processes share the people of one workdir: the same command
+with --num_shards=N and --shard=0 … N-1.
 """
 
 from __future__ import annotations
@@ -74,18 +75,24 @@ def main() -> None:
         checkpoint=trained.checkpoint,
         sampling=dataclasses.asdict(drawing) if sampled else {},
     )
-    folder, mine = Path(WORKDIR.value), names[SHARD.value :: NUM_SHARDS.value]
+    # Groups are cut once and for all: what a person is computed beside decides the last bits of the result.
+    groups = [names[i : i + BATCH.value] for i in range(0, len(names), BATCH.value)][SHARD.value :: NUM_SHARDS.value]
+    folder, mine = Path(WORKDIR.value), [name for group in groups for name in group]
     prepare(folder, spec, names, mine)
     todo = [name for name in mine if not (folder / f"{name}.npz").is_file()]
     if len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of {len(mine)} people are done already")
     points = 0
     if todo:
-        people = [Person(name, contexts.condition(name), store.index(name)) for name in todo]
-        stream = drawn(trained, people, contexts, drawing) if sampled else forced(trained, store, people, contexts)
+        if sampled:
+            people = [Person(name, contexts.condition(name), store.index(name)) for name in todo]
+            stream = drawn(trained, people, contexts, drawing)
+        else:
+            stream = forced(trained, store, [group for group in groups if set(group) & set(todo)], contexts)
         for name, features in stream:
-            save_point_features(folder / f"{name}.npz", features)
-            points += features.num_points
+            if name in todo:
+                save_point_features(folder / f"{name}.npz", features)
+                points += features.num_points
     there = sum((folder / f"{name}.npz").is_file() for name in names)
     print(f"\n{points:,} points of {len(todo)} people, hidden states of width {spec.width}")
     print(f"{there} of {len(names)} people are there; done in {time.perf_counter() - start:.0f} s")
@@ -140,27 +147,23 @@ def prepare(folder: Path, spec: FeatureSpec, names: list[str], mine: list[str]) 
 
 
 def forced(
-    trained: TrainedAR, store: TokenStore, people: list[Person], contexts: Contexts
+    trained: TrainedAR, store: TokenStore, groups: list[list[str]], contexts: Contexts
 ) -> Iterator[tuple[str, PointFeatures]]:
-    """Features at the people's own tokens."""
-    batch, pad = min(BATCH.value, len(people)), store.tokenizer.pad
-    total = int(sum(store.num_points[p.number] for p in people))
+    """Features at the people's own tokens, a group at a time."""
+    t, total = store.tokenizer, sum(int(store.num_points[store.index(name)]) for group in groups for name in group)
     with tqdm(total=total, desc="read", unit="point") as bar:
-        for first in range(0, len(people), batch):
-            group = people[first : first + batch]
+        for group in groups:
             # The last group is filled up with its last person: one program for all.
-            filled = (group + [group[-1]] * batch)[:batch]
-            sequences = [np.asarray(store.tokens(p.number)) for p in filled]
-            tokens = np.full((batch, max(map(len, sequences))), pad, np.int32)
+            filled = (group + [group[-1]] * BATCH.value)[: BATCH.value]
+            sequences = [np.asarray(store.tokens(store.index(name))) for name in filled]
+            tokens = np.full((len(filled), max(map(len, sequences))), t.pad, np.int32)
             for row, sequence in zip(tokens, sequences, strict=True):
                 row[: len(sequence)] = sequence
-            found = score(
-                trained.params["transformer"], trained.model, tokens, contexts([p.condition for p in filled]),
-                tokenizer=store.tokenizer,
-            )  # fmt: skip
-            for i, person in enumerate(group):
-                points, binding = store.tokenizer.decode(sequences[i])
-                yield person.name, PointFeatures(sequences[i], points, binding, found.hidden[i, : len(points)])
+            context = contexts([contexts.condition(name) for name in filled])
+            found = score(trained.params["transformer"], trained.model, tokens, context, tokenizer=t)
+            for i, name in enumerate(group):
+                points, binding = t.decode(sequences[i])
+                yield name, PointFeatures(sequences[i], points, binding, found.hidden[i, : len(points)])
                 bar.update(len(points))
 
 
