@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import colorsys
+import functools
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
@@ -39,6 +41,7 @@ _COLORS = {
 VIEWS = {"front": 0.0, "three-quarter": 45.0, "side": 90.0}
 # Square metres of a head with neck and shoulders, to choose how large a point is drawn.
 _AREA = 0.25
+_BUCKET = 8192
 
 
 def region_colors(head: FlameModel) -> Float[np.ndarray, "F 3"]:
@@ -58,7 +61,7 @@ def cloud_gaussians(
       radius: standard deviation in metres; 0 chooses one by the number of points, so that a head's surface closes.
     """
     num = len(points)
-    radius = radius or float(np.clip(0.32 * math.sqrt(_AREA / max(num, 1)), 3e-4, 3e-3))
+    radius = radius or float(np.clip(0.42 * math.sqrt(_AREA / max(num, 1)), 3e-4, 4e-3))
     return Gaussians(
         means=jnp.asarray(points, jnp.float32).reshape(-1, 3),
         quats=jnp.tile(jnp.array([1.0, 0.0, 0.0, 0.0]), (num, 1)),
@@ -81,31 +84,36 @@ def shaded(
     return gaussians.replace(colors=gaussians.colors * jnp.asarray(level, jnp.float32)[np.asarray(binding)][:, None])
 
 
-def render_views(gaussians: Gaussians, size: int = 256, azimuths: Sequence[float] = tuple(VIEWS.values())):
+def render_views(
+    gaussians: Gaussians, size: int = 256, azimuths: Sequence[float] = tuple(VIEWS.values())
+) -> list[np.ndarray]:
     """One picture [size, size, 3] per azimuth (degrees, 0 in front), on light grey."""
-    # Clouds of every length run through few programs.
+    names = ("means", "quats", "scales", "opacities", "colors")
+    # Clouds of every length run through few programs; what is added is transparent.
     num = gaussians.means.shape[0]
-    pad = max(-(-num // 4096) * 4096, 4096) - num
-    fill = {"quats": 1.0, "scales": 1e-3, "means": -10.0}
-    padded = {
-        name: jnp.pad(
-            getattr(gaussians, name),
-            ((0, pad), *((0, 0),) * (getattr(gaussians, name).ndim - 1)),
-            constant_values=fill.get(name, 0.0),
-        )
-        for name in ("means", "quats", "scales", "opacities", "colors")
-    }
-    images = []
-    for degrees in azimuths:
-        angle = math.radians(degrees)
-        camera = orbit(1, width=size, height=size, distance=1.2, target=(0.0, -0.03, -0.04), azimuth=(angle, angle))
-        image, _, info = rasterize(
-            *padded.values(), camera.viewmats, camera.Ks, size, size, backgrounds=jnp.array([BACKGROUND])
-        )
-        if int(info["overflow"]):
-            raise RuntimeError(f"{int(info['overflow'])} tile intersections are missing from the picture")
-        images.append(np.asarray(image[0]))
-    return images
+    padded = max(-(-num // _BUCKET), 1) * _BUCKET
+    arrays = [
+        np.concatenate([x, np.ones((padded - num, *x.shape[1:]), np.float32) * (name != "opacities")])
+        for name, x in ((name, np.asarray(getattr(gaussians, name))) for name in names)
+    ]
+    where = {"width": size, "height": size, "distance": 1.2, "target": (0.0, -0.03, -0.04)}
+    cameras = [orbit(1, azimuth=(math.radians(a), math.radians(a)), **where) for a in azimuths]
+    viewmats, Ks = (jnp.concatenate([getattr(c, name) for c in cameras]) for name in ("viewmats", "Ks"))
+    capacity = 4 * padded * len(cameras)
+    while True:
+        images, missing = _splat(*arrays, viewmats, Ks, size, capacity)
+        if not int(missing):
+            return list(np.asarray(images))
+        capacity *= 2
+
+
+@functools.partial(jax.jit, static_argnums=(7, 8))
+def _splat(means, quats, scales, opacities, colors, viewmats, Ks, size: int, capacity: int):
+    background = jnp.tile(jnp.array([BACKGROUND]), (len(viewmats), 1))
+    image, _, info = rasterize(
+        means, quats, scales, opacities, colors, viewmats, Ks, size, size, backgrounds=background, capacity=capacity
+    )
+    return image, info["overflow"]
 
 
 def cloud_sheet(rows: Sequence[tuple[str, np.ndarray | None, Gaussians]], size: int = 256) -> np.ndarray:
