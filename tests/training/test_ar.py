@@ -146,8 +146,8 @@ def test_killed_at_random_moments_the_curve_is_the_uninterrupted_one(people, cac
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data:2,fsdp:2", "tensor:4"])
-def test_two_processes_are_one(people, cache, tmp_path, mesh):
+@pytest.mark.parametrize(("mesh", "ended"), [("data:2,fsdp:2", "last step"), ("tensor:4", "SIGTERM")])
+def test_two_processes_are_one(people, cache, tmp_path, mesh, ended):
     """Two processes of two devices each, against one of four. tensor:4: both read the same examples."""
     config = changed(steps=3, **SETTINGS)
     finish(start(command(people, tmp_path / "one", config, f"--mesh={mesh}"), cache, devices=4))
@@ -155,12 +155,21 @@ def test_two_processes_are_one(people, cache, tmp_path, mesh):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     job = [f"--mesh={mesh}", f"--coordinator=localhost:{port}", "--num_processes=2"]
+    if ended == "SIGTERM":
+        config = changed(steps=1_000_000, checkpoint_every=1_000_000, **SETTINGS)
+    two = tmp_path / "two"
     both = [
-        start(command(people, tmp_path / "two", config, *job, f"--process_id={i}"), tmp_path / f"cache{i}", devices=2)
+        start(command(people, two, config, *job, f"--process_id={i}"), tmp_path / f"cache{i}", devices=2)
         for i in range(2)
     ]
-    for process in both:
-        finish(process)
-    one, two = (list(losses(tmp_path / name).values()) for name in ("one", "two"))
-    assert len(two) == 3
-    np.testing.assert_allclose(two, one, rtol=1e-5)
+    if ended == "SIGTERM":
+        # One process is told; all agree on a step, save it and stop.
+        assert wait_for(lambda: 3 in losses(two), both[0]), finish(both[0])
+        both[1].send_signal(signal.SIGTERM)
+    said = [finish(process) for process in both]
+    assert ("stopped by preemption" in said[0]) == (ended == "SIGTERM")
+    assert "everything lies in" not in said[1]
+    with Checkpoints(two) as checkpoints:
+        assert checkpoints.steps[-1] == list(losses(two))[-1]
+    found, expected = losses(two), losses(tmp_path / "one")
+    np.testing.assert_allclose([found[step] for step in expected], list(expected.values()), rtol=1e-5)
