@@ -41,7 +41,8 @@ class Generation:
       stop_reason: "eos" or "max_points" of each subject.
       log_prob: [B] float64 nats, Σ of `token_log_probs`.
       token_log_probs: [B, T] of each token given those before it, as `choose.Draw.log_prob`; 0 for S, P, a forced E and
-        the last three E, which are certain. Tokens of a prefix have theirs.
+        the last three E, which are certain. Tokens of a prefix have theirs. A softmax over the classes of the slot,
+        also for models trained with loss_support="vocab": logits of other slots' ids are never computed.
       masked_mass: [B] float64 mean over its tokens of the probability that the grammar removed.
       token_masked_mass: [B, T] the same by token.
       hidden: [B, P, 4, D] in the dtype of the computation: the final hidden state at each token of a point, after the
@@ -225,35 +226,40 @@ def _run(
         top_k=jnp.asarray(top_k, jnp.int32) if top_k else None,
         top_p=jnp.asarray(top_p, accumulator(config)) if top_p < 1 else None,
     )
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+
+    def on_mesh():
+        # Entered for each computation, never across a yield: the caller's own code is not on the mesh.
+        return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+    with on_mesh():
         weights = loop.make_weights(stepper, params)
-        rows: list[_Row | None] = [None] * slots
-        state, step = None, 0
-        while True:
-            waiting = []
-            for i in range(slots):
-                if rows[i] is None and upcoming is not None:
-                    rows[i] = _Row(upcoming, _forced_points(upcoming, tokenizer, max_points), step)
-                    waiting.append(i)
-                    upcoming = next(requests, None)
-            if all(row is None for row in rows):
-                return
+    rows: list[_Row | None] = [None] * slots
+    state, step = None, 0
+    while True:
+        waiting = []
+        for i in range(slots):
+            if rows[i] is None and upcoming is not None:
+                rows[i] = _Row(upcoming, _forced_points(upcoming, tokenizer, max_points), step)
+                waiting.append(i)
+                upcoming = next(requests, None)
+        busy = [i for i in range(slots) if rows[i] is not None]
+        if not busy:
+            return
+        # While subjects wait, the loop ends as soon as one row is free; then only when all are.
+        stop_at = jnp.asarray(slots - len(busy) + 1 if upcoming is not None else slots)
+        with on_mesh():
             state = _admit(stepper, weights, state, rows, waiting, size, max_points)
-            busy = [i for i in range(slots) if rows[i] is not None]
-            # While subjects wait, the loop ends as soon as one row is free; then only when all are.
-            stop_at = slots - len(busy) + 1 if upcoming is not None else slots
-            forced = _forced_chunk(rows, step, chunk)
-            state, made = loop.run_chunk(program, weights, state, filters, forced, jnp.asarray(stop_at))
-            made, counts, done = jax.device_get((made, state.num_points, state.done))
-            for i in busy:
-                rows[i].take(made, i, step, int(counts[i]), bool(done[i]))
-            step += int(made.steps)
-            if progress is not None:
-                progress({rows[i].request.name: rows[i].num_points for i in busy})
-            for i in busy:
-                if rows[i].done:
-                    yield rows[i]
-                    rows[i] = None
+            state, made = loop.run_chunk(program, weights, state, filters, _forced_chunk(rows, step, chunk), stop_at)
+        made, counts, done = jax.device_get((made, state.num_points, state.done))
+        for i in busy:
+            rows[i].take(made, i, step, int(counts[i]), bool(done[i]))
+        step += int(made.steps)
+        if progress is not None:
+            progress({rows[i].request.name: rows[i].num_points for i in busy})
+        for i in busy:
+            if rows[i].done:
+                yield rows[i]
+                rows[i] = None
 
 
 def _admit(stepper, weights, state, rows, waiting, size, max_points):
