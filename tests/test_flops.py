@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pointillist_jax.flops import attention_flops, decoder_flops, device_peak, training_flops
+from pointillist_jax.flops import attention_flops, decoder_flops, device_peak, point_step_flops, training_flops
 
 PAPER = {"layers": 24, "width": 1024, "heads": 8, "kv_heads": 8, "head_dim": 128, "ffw": 4096, "gated": False}
 
@@ -31,6 +31,26 @@ def test_products_equal_xlas_count():
     ffw = decoder_flops(t, 0, layers=1, width=d, heads=n, kv_heads=n, head_dim=h, ffw=48, gated=False, logits=0)["ffw"]
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((t, d), (d, 48), (48, d))]
     assert ffw == jax.jit(lambda x, a, b: x @ a @ b).lower(*shapes).compile().cost_analysis()["flops"]
+
+
+def test_the_chain_of_a_point_step_equals_xlas_count():
+    """The matrices of `models/point_step.py`, once per point: embedding of four tokens, then four slots of MLPs."""
+    points, d, ffw = 24, 16, 40
+
+    def chain(tokens, embedding, up, down):
+        x = jnp.einsum("PsE,sED->PD", tokens, embedding)
+        for slot in range(4):
+            for layer in range(2):
+                x = x @ up[slot, layer] @ down[slot, layer]
+        return x
+
+    shapes = [(points, 4, d), (4, d, d), (4, 2, d, ffw), (4, 2, ffw, d)]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    count = jax.jit(chain).lower(*shapes).compile().cost_analysis()["flops"]
+    parts = point_step_flops(points, width=d, ffw=ffw, gated=False, slot_layers=2)
+    assert sum(parts.values()) == count
+    gated = point_step_flops(points, width=d, ffw=ffw, gated=True, slot_layers=2)
+    assert gated["slot_heads"] == 1.5 * parts["slot_heads"]
 
 
 def test_grouped_queries_save_projections_only():
