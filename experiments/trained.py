@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from experiments.heads import named_head
-from pointillist_jax.configs import Config, ModelConfig, config_from_json
+from pointillist_jax.configs import DataConfig, ModelConfig, config_from_json
 from pointillist_jax.data.token_store import StoreSpec, TokenStore, read_spec, spec_difference
 from pointillist_jax.data.windows import split_subjects
 from pointillist_jax.files import UserError
@@ -29,7 +29,7 @@ class TrainedAR:
     Attributes:
       workdir: of the training.
       params: {"transformer": …, "condition": …}, on the device.
-      config: of the whole run.
+      model, data: their parts of the run's config.
       spec: of the token store it was trained on: tokenizer, head, canonical pose, portrait size.
       head: the head of the store.
       checkpoint: JSON that identifies the parameters: step, and a sha256 over all of them.
@@ -38,15 +38,12 @@ class TrainedAR:
 
     workdir: Path
     params: Any
-    config: Config
+    model: ModelConfig
+    data: DataConfig
     spec: StoreSpec
     head: FlameModel
     checkpoint: dict[str, Any]
     encoders: dict[str, str] | None = None
-
-    @property
-    def model(self) -> ModelConfig:
-        return self.config.model
 
     def check_store(self, store: TokenStore) -> None:
         """Raises UserError unless the store was made as the one of the training: same tokens, same head."""
@@ -55,8 +52,7 @@ class TrainedAR:
 
     def held_out(self, store: TokenStore) -> tuple[str, ...]:
         """Those of a store's subjects that the training on it kept back."""
-        data = self.config.data
-        return split_subjects(store.subjects, min(data.held_out, len(store) - 1), data.split_seed)[1]
+        return split_subjects(store.subjects, min(self.data.held_out, len(store) - 1), self.data.split_seed)[1]
 
 
 def load_ar(workdir: str | None, step: int | None = None, flame: str | None = None) -> TrainedAR:
@@ -81,14 +77,20 @@ def load_ar(workdir: str | None, step: int | None = None, flame: str | None = No
         step = max(int(path.name) for path in folder.glob("*") if path.name.isdigit())
     where = str(folder / str(step) / "meta")
     meta = meta if isinstance(meta, dict) else {}
-    config = config_from_json(Config, meta.get("config"), where)
+    # Only what is used is read: parts of a config that have changed since do not make a model useless.
+    config = meta.get("config")
+    config = config if isinstance(config, dict) else {}
+    model, data = (
+        config_from_json(kind, config.get(n), where) for n, kind in (("model", ModelConfig), ("data", DataConfig))
+    )
     spec = read_spec(Path(where), meta.get("store") if isinstance(meta.get("store"), dict) else {})
     head = named_head(spec.flame_source, spec.flame_sha256, workdir, flame)
     features = meta.get("features")
     return TrainedAR(
         workdir=Path(workdir),
         params=jax.tree.map(jax.numpy.asarray, params),
-        config=config,
+        model=model,
+        data=data,
         spec=spec,
         head=head,
         checkpoint={"step": step, "sha256": _sha256(params)},
