@@ -50,7 +50,8 @@ class Person:
 def define_drawing() -> Callable[[TokenStore | None], Drawing]:
     """Defines the flags of sampling; call at import. The result gives the settings, for people of a store or others."""
     flags.DEFINE_float("temperature", 1.0, "Of the logits; 0 takes the likeliest token.", lower_bound=0)
-    flags.DEFINE_float("top_p", 1.0, "Keep the likeliest tokens of this mass.", lower_bound=0, upper_bound=1)
+    # y never falls, so one unlikely leap upwards cuts off everything between: sampling the tail ends clouds early.
+    flags.DEFINE_float("top_p", 0.9, "Keep the likeliest tokens of this mass; 1 keeps all.", 0, 1)
     flags.DEFINE_integer("top_k", 0, "Keep so many likeliest tokens; 0 is off.", lower_bound=0)
     flags.DEFINE_integer(
         "max_points",
