@@ -242,17 +242,8 @@ def train_decoder(
             on_grow=lambda capacity: meta.update(capacity=capacity),
         )  # fmt: skip
 
-        def evaluation(limit: int, save) -> Any:
-            return decoder.make_evaluation(
-                settings, frozen, devices, streams(limit), width, height, capacity=meta["capacity"], strips=save
-            )
-
-        few = evaluation(settings.eval_views, None if jax.process_index() else Strips(workdir))
-
-        def evaluate(params) -> dict[str, float]:
-            # Names and steps of the strips follow the log's.
-            return few(params)
-
+        evaluation = decoder.Evaluation(settings, frozen, devices, width, height, capacity=meta["capacity"])
+        few, strips = streams(settings.eval_views), None if jax.process_index() else Strips(workdir)
         first = int(state.step)
         state, stopped = train(
             state,
@@ -264,13 +255,13 @@ def train_decoder(
             checkpoints=checkpoints,
             meta=meta,
             schedule=make_schedule(run_),
-            evaluate=evaluate,
+            evaluate=lambda params: evaluation(params, few, strips),
             describe=lambda batch: "subjects " + ", ".join(source.subjects[i] for i in sorted(set(batch["subject"]))),
             bar=bar,
         )
     stream.close()
     if stopped is None and (first < run_.steps or not (workdir / "card.json").is_file()):
-        scores = evaluation(0, None)(state.averaged_params)
+        scores = evaluation(state.averaged_params, streams(0))
         if not jax.process_index():
             points = {c.subject: clouds.num_points(c.subject) for c in everyone}
             write_card(workdir, config, scores, points, lpips=data.lpips is not None)
@@ -286,7 +277,7 @@ class Strips:
     """Writes `strips/<evaluation>_<stream>.png`: renders above photographs."""
 
     def __init__(self, workdir: Path):
-        self._workdir, self._count = workdir, {}
+        self._workdir = workdir
 
     def __call__(self, stream: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
         logged = [line["step"] for line in read_metrics(self._workdir) if "loss" in line]

@@ -99,34 +99,42 @@ def make_loss(
 
     def loss_fn(params: Params, batch: Batch, key: Key):
         del key  # Nothing here is random.
-        decoded = decode_batch(params, config, batch)
-        images, info = render_views(frozen["head"], decoded, batch, width, height, capacity=capacity, backend=backend)
-        weight = batch["weight"].astype(jnp.float32)
-        with jax.named_scope("loss"):
-            target = batch["image"].astype(jnp.float32) / 255
-            views = {"l1": l1(images, target), "ssim": ssim(images, target)}
-            if "lpips" in frozen and config.lambda_lpips:
-                views["lpips"] = lpips(images, target, frozen["lpips"])
-            square = jnp.sum(decoded.offsets.astype(jnp.float32) ** 2, axis=(1, 2)) / batch["num_points"]
-            each = config.lambda_l1 * views["l1"] + config.lambda_ssim * (1 - views["ssim"])
-            each += config.lambda_reg * square[:, None]
-            if "lpips" in views:
-                each += config.lambda_lpips * views["lpips"]
-            # An equal image would be infinitely good.
-            views["psnr"] = jnp.minimum(psnr(jax.lax.stop_gradient(images), target), 100)
-        total, count = jnp.sum(each * weight), jnp.sum(weight)
-        overflow, intersections = (jnp.max(info[name]).astype(jnp.float32) for name in ("overflow", "intersections"))
-        one = jnp.ones((), jnp.float32)
-        extra = {name: (jnp.sum(value * weight), count) for name, value in views.items()}
-        extra |= {
-            "offset_mm": (1e3 * jnp.sum(jnp.sqrt(square) * weight.max(1)), jnp.sum(weight.max(1))),
-            "overflow": (overflow, one),
-            "intersections": (intersections, one),
-        }
-        # A step on a wrong picture must not count: `train_step` leaves the state alone where the loss is not finite.
-        return jnp.where(overflow > 0, jnp.nan, total), count, extra
+        total, count, extra, _ = _compare(
+            params, config, frozen, batch, width, height, capacity=capacity, backend=backend
+        )
+        return total, count, extra
 
     return loss_fn
+
+
+def _compare(params, config: DecoderConfig, frozen, batch: Batch, width: int, height: int, **how):
+    """What `make_loss` gives, and the images."""
+    decoded = decode_batch(params, config, batch)
+    images, info = render_views(frozen["head"], decoded, batch, width, height, **how)
+    weight = batch["weight"].astype(jnp.float32)
+    with jax.named_scope("loss"):
+        target = batch["image"].astype(jnp.float32) / 255
+        views = {"l1": l1(images, target), "ssim": ssim(images, target)}
+        if "lpips" in frozen and config.lambda_lpips:
+            views["lpips"] = lpips(images, target, frozen["lpips"])
+        square = jnp.sum(decoded.offsets.astype(jnp.float32) ** 2, axis=(1, 2)) / batch["num_points"]
+        each = config.lambda_l1 * views["l1"] + config.lambda_ssim * (1 - views["ssim"])
+        each += config.lambda_reg * square[:, None]
+        if "lpips" in views:
+            each += config.lambda_lpips * views["lpips"]
+        # An equal image would be infinitely good.
+        views["psnr"] = jnp.minimum(psnr(jax.lax.stop_gradient(images), target), 100)
+    total, count = jnp.sum(each * weight), jnp.sum(weight)
+    overflow, intersections = (jnp.max(info[name]).astype(jnp.float32) for name in ("overflow", "intersections"))
+    one = jnp.ones((), jnp.float32)
+    extra = {name: (jnp.sum(value * weight), count) for name, value in views.items()}
+    extra |= {
+        "offset_mm": (1e3 * jnp.sum(jnp.sqrt(square) * weight.max(1)), jnp.sum(weight.max(1))),
+        "overflow": (overflow, one),
+        "intersections": (intersections, one),
+    }
+    # A step on a wrong picture must not count: `train_step` leaves the state alone where the loss is not finite.
+    return jnp.where(overflow > 0, jnp.nan, total), count, extra, images
 
 
 class GrowingStep:
@@ -193,55 +201,61 @@ def grown(capacity: int, needed: float) -> int:
     return -(-need // step) * step
 
 
-def make_evaluation(
-    config: DecoderConfig,
-    frozen: Mapping[str, Any],
-    mesh: Mesh,
-    streams: Mapping[str, Callable[[], Iterable[Mapping[str, Any]]]],
-    width: int,
-    height: int,
-    *,
-    capacity: int,
-    backend: str = "auto",
-    strips: Callable[[str, list[tuple[np.ndarray, np.ndarray]]], None] | None = None,
-    num_strips: int = 6,
-) -> Callable[[Params], dict[str, float]]:
-    """A function from parameters to scores of finite streams of batches.
+class Evaluation:
+    """Scores parameters on finite streams of batches; compiled once for all of them."""
 
-    Args:
-      streams: name → makes a stream (`subject_batches` of a source that does not shuffle).
-      capacity: to begin with; grown when a view needs more.
-      strips: gets a stream's name and its first pictures: (rendered, photograph), [H, W, 3] float in [0, 1]; of this
-        process's subjects.
+    def __init__(
+        self,
+        config: DecoderConfig,
+        frozen: Mapping[str, Any],
+        mesh: Mesh,
+        width: int,
+        height: int,
+        *,
+        capacity: int,
+        backend: str = "auto",
+    ):
+        """`capacity`: to begin with; grown when a view needs more."""
+        self.capacity, self._frozen, self._mesh = capacity, frozen, mesh
 
-    Returns:
-      params → {"<stream>_psnr": dB, "<stream>_ssim": …, "<stream>_l1", "<stream>_lpips"}, means over views.
-    """
+        def score(params, batch, frozen, capacity):
+            _, _, extra, images = _compare(
+                params, config, frozen, batch, width, height, capacity=capacity, backend=backend
+            )
+            return extra, images
 
-    @functools.partial(jax.jit, static_argnums=3)
-    def score(params, batch, frozen, capacity):
-        _, _, extra = make_loss(config, frozen, width, height, capacity=capacity, backend=backend)(params, batch, None)
-        decoded = decode_batch(params, config, batch)
-        images, _ = render_views(frozen["head"], decoded, batch, width, height, capacity=capacity, backend=backend)
-        return extra, images
+        self._score = jax.jit(score, static_argnums=3)
 
-    room = capacity
+    def __call__(
+        self,
+        params: Params,
+        streams: Mapping[str, Callable[[], Iterable[Mapping[str, Any]]]],
+        strips: Callable[[str, list[tuple[np.ndarray, np.ndarray]]], None] | None = None,
+        num_strips: int = 6,
+    ) -> dict[str, float]:
+        """Means over the views of each stream.
 
-    def evaluate(params: Params) -> dict[str, float]:
-        nonlocal room
+        Args:
+          streams: name → makes a stream (`subject_batches` of a source that does not shuffle).
+          strips: gets a stream's name and its first pictures: (rendered, photograph), [H, W, 3] float in [0, 1]; of
+            this process's subjects.
+
+        Returns:
+          {"<stream>_psnr": dB, "<stream>_ssim": …, "<stream>_l1", "<stream>_lpips"}.
+        """
         found = {}
         for name, stream in streams.items():
             totals: dict[str, np.ndarray] = {}
             pictures: list[tuple[np.ndarray, np.ndarray]] = []
             for batch in stream():
                 batch = dict(batch)
-                with jax.set_mesh(mesh):
-                    arrays = shard_batch(batch, mesh)
+                with jax.set_mesh(self._mesh):
+                    arrays = shard_batch(batch, self._mesh)
                     while True:
-                        extra, images = score(params, arrays, frozen, room)
+                        extra, images = self._score(params, arrays, self._frozen, self.capacity)
                         if not float(extra["overflow"][0]):
                             break
-                        room = grown(room, float(extra["intersections"][0]))
+                        self.capacity = grown(self.capacity, float(extra["intersections"][0]))
                 for key in set(extra) - {"overflow", "intersections", "offset_mm"}:
                     totals[key] = totals.get(key, np.zeros(2)) + np.array([float(x) for x in extra[key]])
                 if strips is not None and len(pictures) < num_strips:
@@ -250,8 +264,6 @@ def make_evaluation(
             if strips is not None:
                 strips(name, pictures[:num_strips])
         return found
-
-    return evaluate
 
 
 def _pairs(images: Array, batch: Mapping[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
