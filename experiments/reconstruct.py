@@ -31,7 +31,7 @@ from pointillist_jax.configs import DecoderConfig, config_from_json
 from pointillist_jax.data.images import load_rgba, square_portrait
 from pointillist_jax.data.point_features import FeatureSet
 from pointillist_jax.data.subjects import flame_fields
-from pointillist_jax.data.token_store import StoreSpec, read_spec, spec_difference
+from pointillist_jax.data.token_store import StoreSpec, open_store, read_spec, spec_difference
 from pointillist_jax.files import UserError
 from pointillist_jax.flame import FlameModel, FlameParams
 from pointillist_jax.flame.param_files import load_flame_params
@@ -100,19 +100,21 @@ def load_decoder(workdir: str | None) -> tuple[Any, DecoderConfig, StoreSpec]:
 
 def from_features(params, config: DecoderConfig, spec: StoreSpec, head: FlameModel):
     """Yields (name, avatar, provenance) of a feature set's people."""
-    from pointillist_jax.data.token_store import open_store
-
     features = FeatureSet(FEATURES.value, flame_sha256=head.sha256)
     if difference := spec_difference(features.spec.store, spec):
         raise UserError(f"{FEATURES.value} was made with {difference}, as the decoder was trained: extract again.")
     if SHAPES.value is None:
         raise UserError("--features needs --store, the token store they were extracted from: it knows the shapes.")
     store = open_store(SHAPES.value, spec.tokenizer, flame_sha256=spec.flame_sha256)
+    contexts = None
+    if config.cross_attention:
+        contexts = Contexts(load_ar(AR.value, flame=FLAME.value), store, IMAGE_WEIGHTS.value, POINT_WEIGHTS.value)
     for name in SUBJECTS.value or features.subjects:
         cloud, identity = features.load(name), store.identity(store.index(name))
         canonical = head.neutral_params().replace(**{k: jnp.asarray(v) for k, v in identity.items()})
         canonical = canonical.canonical(spec.canonical_jaw)
-        avatar = decode_avatar(params, config, head, canonical, cloud.points, cloud.binding, cloud.hidden)
+        context = None if contexts is None else contexts([contexts.condition(name)])[0]
+        avatar = decode_avatar(params, config, head, canonical, cloud.points, cloud.binding, cloud.hidden, context)
         yield name, avatar, {"features": dict(features.spec.checkpoint), "source": features.spec.source}
 
 

@@ -32,11 +32,13 @@ from experiments.config_flags import define_config
 from experiments.heads import named_head
 from experiments.media import write_image
 from experiments.pictures import contact_sheet
+from experiments.trained import Contexts, load_ar
 from pointillist_jax.configs import Config
 from pointillist_jax.convert import load_torch_file, lpips_from_torch
 from pointillist_jax.data.captures import Capture, find_captures, load_capture
 from pointillist_jax.data.point_features import FeatureSet
 from pointillist_jax.data.subject_views import FeatureClouds, SubjectViews, TemplateClouds, subject_batches
+from pointillist_jax.data.token_store import open_store, spec_difference
 from pointillist_jax.data.windows import split_subjects
 from pointillist_jax.files import UserError, atomic_path
 from pointillist_jax.flame import FlameModel
@@ -52,6 +54,8 @@ CAPTURES = flags.DEFINE_string("captures", None, "Folder of captures of the same
 WORKDIR = flags.DEFINE_string("workdir", "outputs/decoder", "Where the run goes.")
 FLAME = flags.DEFINE_string("flame", None, "Your FLAME .pkl, if the features were made with it.")
 VGG = flags.DEFINE_string("vgg", None, "torchvision's vgg16-397923af.pth, for LPIPS; without it that loss is off.")
+AR = flags.DEFINE_string("ar", None, "With decoder.cross_attention: the workdir of experiments.train_ar.")
+STORE = flags.DEFINE_string("store", None, "With decoder.cross_attention: the token store, for the portraits.")
 DOWNSCALE = flags.DEFINE_integer("downscale", 1, "Divide the pictures' sides by this.", lower_bound=1)
 IDENTITY = flags.DEFINE_enum("identity", "check", ("check", "first"), "As experiments.fit.")
 CY_FROM_BOTTOM = flags.DEFINE_boolean("cy_from_bottom", False, "As experiments.fit.")
@@ -94,6 +98,7 @@ class Data:
       head: that everyone is bound to.
       training, held_out: captures.
       lpips: parameters of LPIPS, or None.
+      contexts: subject → [S, C] of the AR model, for cross-attention, or None.
     """
 
     features: FeatureSet
@@ -101,6 +106,7 @@ class Data:
     training: tuple[Capture, ...]
     held_out: tuple[Capture, ...]
     lpips: Any = None
+    contexts: dict[str, np.ndarray] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -180,7 +186,22 @@ def load_data(config: Config) -> Data:
     if not training:
         raise UserError(f"all {len(names)} subjects are held out: lower --config.data.held_out.")
     weights = None if VGG.value is None else lpips_from_torch(load_torch_file(VGG.value))
-    return Data(features, head, training, held_out, weights)
+    contexts = None
+    if config.decoder.cross_attention:
+        contexts = make_contexts(names, features)
+    return Data(features, head, training, held_out, weights, contexts)
+
+
+def make_contexts(names: tuple[str, ...], features: FeatureSet) -> dict[str, np.ndarray]:
+    """The AR model's context of each person's portrait, once for the whole training: it is frozen."""
+    if AR.value is None or STORE.value is None:
+        raise UserError("decoder.cross_attention needs --ar and --store: the model and the store of the features.")
+    trained, store = load_ar(AR.value, flame=FLAME.value), open_store(STORE.value)
+    if difference := spec_difference(store.spec, features.spec.store):
+        raise UserError(f"{STORE.value} was made with {difference}, as the features: name the store they came from.")
+    trained.check_store(store)
+    contexts = Contexts(trained, store)
+    return {name: np.asarray(contexts([contexts.condition(name)])[0]) for name in names}
 
 
 def train_decoder(
@@ -190,7 +211,7 @@ def train_decoder(
     spec = data.features.spec
     settings = config.decoder.for_features(spec.store.tokenizer, spec.width)
     if settings.cross_attention:
-        raise UserError("decoder.cross_attention needs the AR model's contexts, which this script does not make yet.")
+        settings = dataclasses.replace(settings, context_width=next(iter(data.contexts.values())).shape[-1])
     config = dataclasses.replace(config, decoder=settings)
     run_, devices = settings.train, make_mesh(mesh)
     if data.lpips is None and settings.lambda_lpips and not jax.process_index():
@@ -203,6 +224,7 @@ def train_decoder(
         "views": settings.views,
         "canonical_jaw": spec.store.canonical_jaw,
         "features": settings.uses_features,
+        "contexts": data.contexts if settings.cross_attention else None,
         # One size for everyone, so that one program serves training and evaluation.
         "max_points": settings.max_points or largest_cloud(clouds, everyone),
     }
@@ -261,7 +283,7 @@ def train_decoder(
         )
     stream.close()
     if stopped is None and (first < run_.steps or not (workdir / "card.json").is_file()):
-        scores = evaluation(state.averaged_params, streams(0))
+        scores = evaluation(state.averaged_params, streams(0), bar=bar and not jax.process_index())
         if not jax.process_index():
             points = {c.subject: clouds.num_points(c.subject) for c in everyone}
             write_card(workdir, config, scores, points, lpips=data.lpips is not None)

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
+from tqdm import tqdm
 
 from pointillist_jax.configs import DecoderConfig, TrainConfig
 from pointillist_jax.flame import FlameModel, FlameParams, animate, bind_points
@@ -232,6 +233,7 @@ class Evaluation:
         streams: Mapping[str, Callable[[], Iterable[Mapping[str, Any]]]],
         strips: Callable[[str, list[tuple[np.ndarray, np.ndarray]]], None] | None = None,
         num_strips: int = 6,
+        bar: bool = False,
     ) -> dict[str, float]:
         """Means over the views of each stream.
 
@@ -239,6 +241,7 @@ class Evaluation:
           streams: name → makes a stream (`subject_batches` of a source that does not shuffle).
           strips: gets a stream's name and its first pictures: (rendered, photograph), [H, W, 3] float in [0, 1]; of
             this process's subjects.
+          bar: show progress.
 
         Returns:
           {"<stream>_psnr": dB, "<stream>_ssim": …, "<stream>_l1", "<stream>_lpips"}.
@@ -247,7 +250,7 @@ class Evaluation:
         for name, stream in streams.items():
             totals: dict[str, np.ndarray] = {}
             pictures: list[tuple[np.ndarray, np.ndarray]] = []
-            for batch in stream():
+            for batch in tqdm(stream(), desc=f"score {name}", unit="batch", disable=not bar):
                 batch = dict(batch)
                 with jax.set_mesh(self._mesh):
                     arrays = shard_batch(batch, self._mesh)
