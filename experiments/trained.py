@@ -121,12 +121,9 @@ class Contexts:
             from pointillist_jax.data.condition_features import feature_kind, open_features
             from pointillist_jax.models.condition import feature_shapes
 
-            self._features = open_features(store, feature_kind(trained.model.encoder), feature_shapes(trained.model))
-            if trained.encoders and dict(self._features.spec.weights) != trained.encoders:
-                raise UserError(
-                    f"{self._features.folder} was made with other weights than those that {trained.workdir} was "
-                    "trained with: compute the features again (python -m experiments.encode_conditions --overwrite)."
-                )
+            self._features = open_features(
+                store, feature_kind(trained.model.encoder), feature_shapes(trained.model), trained.encoders
+            )
         elif trained.model.encoder.frozen:
             from pointillist_jax.convert import load_frozen_encoders
 
