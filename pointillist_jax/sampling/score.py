@@ -79,7 +79,7 @@ def score(
         row[:, 4:size] = np.where(real | ends, values, 0)
     out = out[:, :, :length]
     total = np.maximum((real | ends).sum(axis=1), 1)
-    states = hidden[:, 4 : 4 + 4 * P].reshape(B, P, 4, -1)
+    states = hidden[:, 4 : 4 + 4 * P].reshape(B, P, 4, hidden.shape[-1])
     states = np.where((np.arange(P) < num_points[:, None])[..., None, None], states, np.zeros((), states.dtype))
     return Score(num_points, out[0].sum(axis=1), out[0], out[1].sum(axis=1) / total, out[1], states)
 

@@ -9,6 +9,8 @@ from pointillist_jax.files import UserError
 from pointillist_jax.sampling import score
 from tests.sampling.small import CONFIG, contexts, params_without_end, random_cloud, uncached_log_probs
 
+# Two clouds of at most 23 points wherever it does not matter: all tests share two compiled programs.
+CHUNKED = dataclasses.replace(CONFIG, attention="chunked")
 PARAMS, IDS = params_without_end(CONFIG), CONFIG.tokenizer
 
 
@@ -20,9 +22,8 @@ def padded(clouds):
 @pytest.mark.parametrize("constrain", [True, False])
 def test_equals_a_dense_float64_softmax(rng, constrain):
     """Sequences of unequal length, one of a chunked attention many windows long; both definitions."""
-    config = dataclasses.replace(CONFIG, attention="chunked")
     tokens, context = padded([random_cloud(rng, CONFIG, n) for n in (23, 9)]), contexts(rng, CONFIG, 2)
-    found = score(PARAMS, config, tokens, context, constrain=constrain)
+    found = score(PARAMS, CHUNKED, tokens, context, constrain=constrain)
     expected, hidden = uncached_log_probs(PARAMS, CONFIG, tokens, context, legal=constrain)
     np.testing.assert_allclose(found.token_log_probs[:, 4:], expected, atol=1e-5)
     np.testing.assert_allclose(found.log_prob, expected.sum(axis=1), atol=1e-4)
@@ -34,8 +35,8 @@ def test_equals_a_dense_float64_softmax(rng, constrain):
 
 def test_masked_mass_is_what_renormalising_gains(rng):
     """log p (renormalised) = log p (raw) - log(1 - masked), token by token."""
-    tokens, context = padded([random_cloud(rng, CONFIG, 15)]), contexts(rng, CONFIG, 1)
-    legal, raw = (score(PARAMS, CONFIG, tokens, context, constrain=c) for c in (True, False))
+    tokens, context = padded([random_cloud(rng, CONFIG, n) for n in (23, 15)]), contexts(rng, CONFIG, 2)
+    legal, raw = (score(PARAMS, CHUNKED, tokens, context, constrain=c) for c in (True, False))
     gained = legal.token_log_probs - raw.token_log_probs
     np.testing.assert_allclose(gained, -np.log1p(-legal.token_masked_mass), atol=1e-5)
     np.testing.assert_array_equal(legal.token_masked_mass, raw.token_masked_mass)
@@ -43,15 +44,18 @@ def test_masked_mass_is_what_renormalising_gains(rng):
 
 
 def test_a_prefix_and_the_empty_cloud(rng):
-    cloud, context = random_cloud(rng, CONFIG, 12), contexts(rng, CONFIG, 1)
-    whole = score(PARAMS, CONFIG, cloud[None], context)
-    part = score(PARAMS, CONFIG, cloud[None, :24], context)
-    np.testing.assert_allclose(part.token_log_probs[0], whole.token_log_probs[0, :24], atol=1e-5)
-    np.testing.assert_allclose(part.hidden, whole.hidden[:, :5], atol=1e-5)
-    empty = score(PARAMS, CONFIG, IDS.encode(np.zeros((0, 3)), np.zeros(0, int))[None], context)
-    assert empty.hidden.shape == (1, 0, 4, CONFIG.width)
-    np.testing.assert_allclose(empty.log_prob, empty.token_log_probs[:, 4], atol=1e-6)
-    assert empty.log_prob[0] < 0
+    cloud, context = random_cloud(rng, CONFIG, 23), contexts(rng, CONFIG, 2)
+    empty = IDS.encode(np.zeros((0, 3)), np.zeros(0, int))
+    whole = score(PARAMS, CHUNKED, padded([cloud, empty]), context)
+    part = score(PARAMS, CHUNKED, padded([cloud[:-8], empty]), context)
+    np.testing.assert_allclose(part.token_log_probs[0, :92], whole.token_log_probs[0, :92], atol=1e-5)
+    np.testing.assert_allclose(part.hidden[0], whole.hidden[0, :22], atol=1e-5)
+    assert whole.num_points.tolist() == [23, 0]
+    np.testing.assert_allclose(whole.log_prob[1], whole.token_log_probs[1, 4], atol=1e-6)
+    assert whole.log_prob[1] < 0
+    alone = score(PARAMS, CHUNKED, empty[None], context[1:])
+    assert alone.hidden.shape == (1, 0, 4, CONFIG.width)
+    np.testing.assert_allclose(alone.log_prob, whole.log_prob[1:], atol=1e-5)
 
 
 @pytest.mark.parametrize("change", [
