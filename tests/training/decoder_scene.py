@@ -31,14 +31,15 @@ CONFIG = Config(
 )  # fmt: skip
 
 
-def write_people(root: Path) -> None:
-    """`captures/<name>/` and `features/`."""
+def write_people(root: Path, captures: bool = True) -> None:
+    """`features/` and, which takes a renderer, `captures/<name>/`."""
     head = ball_head()
     tokenizer = PointTokenizer(head.num_faces)
     spec = FeatureSpec(StoreSpec(tokenizer, "ball", "ball"), WIDTH, "teacher_forced", {"step": 1})
     write_feature_meta(root / "features", spec, NAMES)
     for seed, name in enumerate(NAMES):
-        write_person(root / "captures" / name, seed)
+        if captures:
+            write_person(root / "captures" / name, seed)
         rng = np.random.default_rng(seed)
         points = rng.normal(size=(70 + 5 * seed, 3))
         points *= 0.1 / np.linalg.norm(points, axis=1, keepdims=True)
