@@ -24,8 +24,8 @@ WIDTH, NAMES = 6, ("ann", "bob")
 CONFIG = Config(
     decoder=DecoderConfig(
         width=16, layers=1, heads=2, head_dim=8, mlp_width=24, attention="xla", views=2, eval_views=2,
-        train=TrainConfig(steps=6, batch_size=2, learning_rate=1e-2, warmup_steps=1, weight_decay=0.0, b2=0.999,
-                          log_every=1, eval_every=3, checkpoint_every=3),
+        train=TrainConfig(steps=30, batch_size=2, learning_rate=1e-2, warmup_steps=1, weight_decay=0.0, b2=0.999,
+                          log_every=1, eval_every=15, checkpoint_every=5),
     ),
     data=DataConfig(held_out=1),
 )  # fmt: skip
