@@ -260,7 +260,7 @@ def train_decoder(
         else:
             state, meta["capacity"] = restored[0], int(restored[1]["capacity"])
         step = decoder.GrowingStep(
-            settings, frozen, optimizer, width, height, capacity=meta["capacity"],
+            settings, frozen, optimizer, width, height, state=state, capacity=meta["capacity"],
             on_grow=lambda capacity: meta.update(capacity=capacity),
         )  # fmt: skip
 

@@ -28,7 +28,7 @@ from pointillist_jax.losses import l1, lpips, psnr, ssim
 from pointillist_jax.models.gaussian_decoder import Decoded, decode, param_specs, rigged
 from pointillist_jax.models.layers import init_params as init_from_specs
 from pointillist_jax.sharding import shard_batch
-from pointillist_jax.training.state import Batch, Key, LossFn, Params, TrainState, train_step
+from pointillist_jax.training.state import Batch, Key, LossFn, Params, TrainState, jit_step, train_step
 from renderer_bridge import rasterize
 
 _log = logging.getLogger(__name__)
@@ -153,10 +153,12 @@ class GrowingStep:
         width: int,
         height: int,
         *,
+        state: TrainState,
         capacity: int,
         backend: str = "auto",
         on_grow: Callable[[int], None] = lambda capacity: None,
     ):
+        """`state`: one that lies as those that will be stepped; the other arguments as `make_loss`."""
         self.capacity, self._frozen, self._on_grow = capacity, frozen, on_grow
         self._exact = renders_exactly(backend)
         settings: TrainConfig = config.train
@@ -165,7 +167,7 @@ class GrowingStep:
             loss_fn = make_loss(config, frozen, width, height, capacity=capacity, backend=backend)
             return train_step(state, batch, loss_fn=loss_fn, optimizer=optimizer, config=settings)
 
-        self._step = jax.jit(step, static_argnums=3, donate_argnums=0)
+        self._step = jit_step(step, state, static_argnums=3)
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         while True:

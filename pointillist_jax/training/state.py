@@ -98,7 +98,9 @@ def init_state(
     _, shardings = abstract_state(init_params, optimizer, config, key, mesh)
     make = lambda key: nn.unbox(_new_state(init_params, optimizer, config, key))  # noqa: E731
     with jax.set_mesh(mesh):
-        return jax.jit(make, out_shardings=shardings)(key), shardings
+        # It runs once: LLVM's optimisation would cost four times what it compiles in without.
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        return jax.jit(make, out_shardings=shardings, compiler_options=options)(key), shardings
 
 
 def abstract_state(init_params, optimizer, config: TrainConfig, key, mesh: Mesh) -> tuple[TrainState, TrainState]:
@@ -157,14 +159,14 @@ def train_step(
     return new.replace(step=state.step + 1), metrics | extra
 
 
-def jit_step(step: Callable[[TrainState, Batch], tuple[TrainState, Any]], state: TrainState) -> Callable:
-    """`step` compiled for the layout of `state`, which is donated.
+def jit_step(step: Callable[..., tuple[TrainState, Any]], state: TrainState, **options: Any) -> Callable:
+    """`step` (state, … → state, …) compiled for the layout of `state`, which is donated; `options`: of `jax.jit`.
 
     The new state is asked to lie as the old one: XLA would choose a layout of its own, and the second step be compiled
     anew for it.
     """
     layout = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None), **options)
 
 
 def _norm(tree) -> Array:

@@ -75,8 +75,9 @@ def grow(people: Path) -> None:
         state, _ = init_state(decoder.init_params(config), optimizer, config.train, jax.random.PRNGKey(0), mesh)
         before = jax.tree.map(np.asarray, state.params)
         step = decoder.GrowingStep(
-            config, frozen, optimizer, source.width, source.height, capacity=capacity, on_grow=grown.append
-        )
+            config, frozen, optimizer, source.width, source.height, state=state, capacity=capacity,
+            on_grow=grown.append,
+        )  # fmt: skip
         with jax.set_mesh(mesh):
             state, metrics = step(state, batch)
         found["steps"].append(int(state.step))
