@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import app, flags
 
 from pointillist_jax.files import UserError
@@ -111,6 +112,28 @@ def open_workdir(path: str | os.PathLike, made: Sequence[str], *, resume: bool, 
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def open_shared_workdir(path: str | os.PathLike, made: Sequence[str], *, resume: bool, overwrite: bool) -> Path:
+    """`open_workdir` by process 0 of a job; the others wait until it has deleted what it is to delete.
+
+    Raises:
+      UserError: as `open_workdir`, in every process.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+
+    problem = None
+    if jax.process_index() == 0:
+        try:
+            path = open_workdir(path, made, resume=resume, overwrite=overwrite)
+        except UserError as error:
+            problem = error
+    if jax.process_count() > 1 and not multihost_utils.broadcast_one_to_all(np.array(problem is None)):
+        problem = problem or UserError(f"--workdir={path} cannot be used; process 0 says why.")
+    if problem is not None:
+        raise problem
+    return Path(path)
 
 
 def json_line(name: str, figures: Mapping[str, Any]) -> None:

@@ -74,6 +74,7 @@ def main() -> None:
         source=SOURCE.value,
         checkpoint=trained.checkpoint,
         sampling=dataclasses.asdict(drawing) if sampled else {},
+        held_out=trained.held_out(store),
     )
     # Groups are cut once and for all: what a person is computed beside decides the last bits of the result.
     groups = [names[i : i + BATCH.value] for i in range(0, len(names), BATCH.value)][SHARD.value :: NUM_SHARDS.value]

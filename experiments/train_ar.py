@@ -27,10 +27,9 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
 
 from experiments.charts import line_chart
-from experiments.common import open_workdir, run
+from experiments.common import open_shared_workdir, run
 from experiments.config_flags import define_config
 from experiments.heads import named_head
 from experiments.media import write_image
@@ -76,7 +75,7 @@ def main() -> None:
     config = CONFIG()
     config = dataclasses.replace(config, model=config.model.for_tokenizer(store.tokenizer))
     profile = _profile(PROFILE.value, config.train.steps)
-    workdir = _open(Path(WORKDIR.value))
+    workdir = open_shared_workdir(Path(WORKDIR.value), OUTPUTS, resume=RESUME.value, overwrite=OVERWRITE.value)
     state, stopped, held_out = train_ar(store, head, config, workdir, seed=SEED.value, mesh=MESH.value, profile=profile)
     if jax.process_index():
         return
@@ -227,21 +226,6 @@ def print_summary(summary: dict[str, Any]) -> None:
         values = [scores.get("loss"), *(scores.get(f"loss_{slot}") for slot in "xyzb")]
         cells = "".join(f"{v:>8.3f}" if v is not None else " " * 8 for v in values)
         print(f"  {name.replace('_', ' '):<22}{cells}")
-
-
-def _open(workdir: Path) -> Path:
-    """Process 0 opens the folder; the others wait until it has deleted what it is to delete."""
-    problem = None
-    if jax.process_index() == 0:
-        try:
-            workdir = open_workdir(workdir, OUTPUTS, resume=RESUME.value, overwrite=OVERWRITE.value)
-        except UserError as error:
-            problem = error
-    if jax.process_count() > 1 and not multihost_utils.broadcast_one_to_all(np.array(problem is None)):
-        problem = problem or UserError(f"--workdir={workdir} cannot be used; process 0 says why.")
-    if problem is not None:
-        raise problem
-    return workdir
 
 
 def _profile(text: str, steps: int) -> tuple[int, int] | None:

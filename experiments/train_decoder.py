@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 
 from experiments.charts import line_chart
-from experiments.common import open_workdir, run
+from experiments.common import open_shared_workdir, run
 from experiments.config_flags import define_config
 from experiments.heads import named_head
 from experiments.media import write_image
@@ -39,7 +39,6 @@ from pointillist_jax.data.captures import Capture, find_captures, load_capture
 from pointillist_jax.data.point_features import FeatureSet
 from pointillist_jax.data.subject_views import FeatureClouds, SubjectViews, TemplateClouds, subject_batches
 from pointillist_jax.data.token_store import open_store, spec_difference
-from pointillist_jax.data.windows import split_subjects
 from pointillist_jax.files import UserError, atomic_path
 from pointillist_jax.flame import FlameModel
 from pointillist_jax.sharding import make_mesh, start_processes
@@ -119,9 +118,7 @@ def main() -> None:
     start = time.perf_counter()
     config = CONFIG()
     data = load_data(config)
-    workdir = Path(WORKDIR.value)
-    if not jax.process_index():
-        open_workdir(workdir, OUTPUTS, resume=RESUME.value, overwrite=OVERWRITE.value)
+    workdir = open_shared_workdir(WORKDIR.value, OUTPUTS, resume=RESUME.value, overwrite=OVERWRITE.value)
     variants = chosen_variants() if COMPARE.value else {"": {}}
     table: dict[str, Any] = {}
     for name, change in variants.items():
@@ -174,17 +171,15 @@ def load_data(config: Config) -> Data:
         )
     if len(names) < len(features) and not jax.process_index():
         print(f"{len(features) - len(names)} of {len(features)} subjects have no capture and are left out")
-    # Over all subjects of stage one, so that nobody it trained on counts as unseen here.
-    kept_back = split_subjects(features.subjects, min(config.data.held_out, len(features) - 1), config.data.split_seed)[
-        1
-    ]
+    # Those of stage one, so that nobody it trained on counts as unseen here.
+    kept_back = features.spec.held_out
     how = {"downscale": DOWNSCALE.value, "identity": IDENTITY.value, "cy_from_bottom": CY_FROM_BOTTOM.value}
     captures = [load_capture(folders[name], head, **how) for name in names]
     captures = [dataclasses.replace(c, subject=name) for c, name in zip(captures, names, strict=True)]
     training = tuple(c for c in captures if c.subject not in kept_back)
     held_out = tuple(c for c in captures if c.subject in kept_back)
     if not training:
-        raise UserError(f"all {len(names)} subjects are held out: lower --config.data.held_out.")
+        raise UserError(f"all {len(names)} subjects were held out by stage one: add captures of those it trained on.")
     weights = None if VGG.value is None else lpips_from_torch(load_torch_file(VGG.value))
     contexts = None
     if config.decoder.cross_attention:
@@ -197,6 +192,7 @@ def make_contexts(names: tuple[str, ...], features: FeatureSet) -> dict[str, np.
     if AR.value is None or STORE.value is None:
         raise UserError("decoder.cross_attention needs --ar and --store: the model and the store of the features.")
     trained, store = load_ar(AR.value, flame=FLAME.value), open_store(STORE.value)
+    trained.check_checkpoint(features.spec.checkpoint, "the features")
     if difference := spec_difference(store.spec, features.spec.store):
         raise UserError(f"{STORE.value} was made with {difference}, as the features: name the store they came from.")
     trained.check_store(store)

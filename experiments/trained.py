@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,15 @@ class TrainedAR:
         """Raises UserError unless the store was made as the one of the training: same tokens, same head."""
         if difference := spec_difference(store.spec, self.spec):
             raise UserError(f"{store.path} was made with {difference}, as {self.workdir} was trained: name its store.")
+
+    def check_checkpoint(self, wanted: Mapping[str, Any], what: str) -> None:
+        """Raises UserError unless these are the parameters that `what` ("the features", …) were made with."""
+        if dict(wanted) != self.checkpoint:
+            raise UserError(
+                f"{what} were made with step {wanted.get('step')} of an AR model (sha256 "
+                f"{str(wanted.get('sha256'))[:12]}), not with step {self.checkpoint['step']} of {self.workdir} (sha256 "
+                f"{self.checkpoint['sha256'][:12]}): name that model and its step, or extract features anew."
+            )
 
     def held_out(self, store: TokenStore) -> tuple[str, ...]:
         """Those of a store's subjects that the training on it kept back."""

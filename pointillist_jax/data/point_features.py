@@ -68,6 +68,7 @@ class FeatureSpec:
       source: "sampled" (paper: tokens that the AR model drew) or "teacher_forced" (the fits' own).
       checkpoint: which AR parameters: {"workdir": …, "step": …} or whatever identifies them; JSON.
       sampling: temperature and so on, for `source="sampled"`; JSON.
+      held_out: people of the store that the AR model was not trained on: stage two keeps the same ones back.
     """
 
     store: StoreSpec
@@ -75,6 +76,7 @@ class FeatureSpec:
     source: str
     checkpoint: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    held_out: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.source not in SOURCES or type(self.width) is not int or not 0 < self.width <= 1 << 16:
@@ -82,7 +84,8 @@ class FeatureSpec:
 
     def to_json(self) -> dict[str, Any]:
         rest = {name: getattr(self, name) for name in ("width", "source")}
-        return {**self.store.to_json(), **rest, "checkpoint": dict(self.checkpoint), "sampling": dict(self.sampling)}
+        rest |= {"checkpoint": dict(self.checkpoint), "sampling": dict(self.sampling), "held_out": list(self.held_out)}
+        return {**self.store.to_json(), **rest}
 
 
 def save_point_features(path: str | os.PathLike, features: PointFeatures) -> None:
@@ -191,14 +194,19 @@ class FeatureSet:
                 f"{FORMAT!r} version {VERSION}: is this a folder that experiments.extract_features wrote?"
             )
         store = read_spec(self.path, meta)
-        names, checkpoint, sampling = (meta.get(key) for key in ("subjects", "checkpoint", "sampling"))
+        names, held_out = (meta.get(key) for key in ("subjects", "held_out"))
+        checkpoint, sampling = (meta.get(key) for key in ("checkpoint", "sampling"))
+        lists = all(isinstance(x, list) and all(isinstance(n, str) for n in x) for x in (names, held_out))
+        if not (lists and isinstance(checkpoint, dict) and isinstance(sampling, dict)):
+            raise FileFormatError(f"{self.path / META} is damaged (subjects, checkpoint or sampling); extract again.")
         try:
-            self.spec = FeatureSpec(store, meta.get("width"), meta.get("source"), checkpoint, sampling)
+            self.spec = FeatureSpec(
+                store, meta.get("width"), meta.get("source"), checkpoint, sampling, tuple(held_out)
+            )
         except UserError as error:
             raise FileFormatError(f"{self.path / META} is damaged ({error}); extract again.") from None
-        named = isinstance(names, list) and all(isinstance(n, str) and _NAME.fullmatch(n) for n in names)
-        if not named or len(set(names)) != len(names) or not isinstance(checkpoint, dict):
-            raise FileFormatError(f"{self.path / META} is damaged (its subjects or checkpoint); extract again.")
+        if len(set(names)) != len(names) or not all(_NAME.fullmatch(n) for n in names):
+            raise FileFormatError(f"{self.path / META} is damaged (its subjects); extract again.")
         there = [name for name in names if self.file(name).is_file()]
         if len(there) < len(names) and not partial:
             raise UserError(
