@@ -150,9 +150,7 @@ def train_painter(workdir: Path, smoke: bool) -> None:
     begin(7, "the Gaussian decoder, for some minutes")
     script("extract_features", f"--ar={workdir}/ar", f"--store={workdir}/tokens", f"--workdir={workdir}/features",
            "--overwrite")  # fmt: skip
-    settings = {"data.held_out": 2, "decoder.train.steps": 200}
-    if smoke:
-        settings = {"data.held_out": 1, "decoder.layers": 1, "decoder.train.steps": 2}
+    settings = {"decoder.layers": 1, "decoder.train.steps": 2} if smoke else {"decoder.train.steps": 200}
     script("train_decoder", f"--features={workdir}/features", f"--captures={workdir}/people",
            f"--workdir={workdir}/decoder", f"--downscale={1 if smoke else 2}", "--overwrite",
            *config_flags(settings))  # fmt: skip

@@ -42,6 +42,7 @@ from pointillist_jax.training.checkpoints import load_params
 
 DECODER = flags.DEFINE_string("decoder", None, "Workdir of experiments.train_decoder.")
 AR = flags.DEFINE_string("ar", None, "Workdir of experiments.train_ar, whose features the decoder was trained on.")
+STEP = flags.DEFINE_integer("step", None, "Its checkpoint; the newest if not given.", lower_bound=0)
 WORKDIR = flags.DEFINE_string("workdir", "outputs/avatars", "Where the avatars go.")
 PORTRAIT = flags.DEFINE_string("portrait", None, "A photograph of a head.")
 TRACKER = flags.DEFINE_string("tracker", None, "Its FLAME parameters: a flame_param.npz; neutral ones if not given.")
@@ -61,9 +62,10 @@ def main() -> None:
     start = time.perf_counter()
     if (PORTRAIT.value is None) == (FEATURES.value is None):
         raise UserError("give either --portrait=<a photograph> or --features=<a folder of point features>.")
-    params, config, spec = load_decoder(DECODER.value)
+    params, config, spec, checkpoint = load_decoder(DECODER.value)
     head = named_head(spec.flame_source, spec.flame_sha256, DECODER.value, FLAME.value)
-    made = from_portrait(params, config, spec, head) if PORTRAIT.value else from_features(params, config, spec, head)
+    source = from_portrait if PORTRAIT.value else from_features
+    made = source(params, config, spec, checkpoint, head)
     workdir = Path(WORKDIR.value)
     first = True
     for name, avatar, provenance in made:
@@ -80,11 +82,11 @@ def main() -> None:
     print("  <name>.png  front, three-quarter and side view")
 
 
-def load_decoder(workdir: str | None) -> tuple[Any, DecoderConfig, StoreSpec]:
-    """Parameters, config and store spec of a run of experiments.train_decoder.
+def load_decoder(workdir: str | None) -> tuple[Any, DecoderConfig, StoreSpec, dict[str, Any]]:
+    """Parameters, config, store spec and AR checkpoint of a run of experiments.train_decoder.
 
     Raises:
-      UserError: no workdir named, or it is the run of another script.
+      UserError: no workdir named, the run of another script, or one without clouds.
       FileNotFoundError: no checkpoint there.
     """
     if workdir is None:
@@ -95,20 +97,29 @@ def load_decoder(workdir: str | None) -> tuple[Any, DecoderConfig, StoreSpec]:
         raise UserError(f"{workdir} is no training of the decoder (no features in its meta): check --decoder.")
     config = meta.get("config")
     config = config_from_json(DecoderConfig, config.get("decoder") if isinstance(config, dict) else None, workdir)
-    return jax.tree.map(jnp.asarray, params), config, read_spec(Path(workdir), meta["features"])
+    if config.points == "flame_vertices":
+        raise UserError(f"{workdir} was trained on the head's vertices, an ablation without clouds; name another one.")
+    checkpoint = meta["features"].get("checkpoint")
+    spec = read_spec(Path(workdir), meta["features"])
+    return jax.tree.map(jnp.asarray, params), config, spec, checkpoint if isinstance(checkpoint, dict) else {}
 
 
-def from_features(params, config: DecoderConfig, spec: StoreSpec, head: FlameModel):
+def from_features(params, config: DecoderConfig, spec: StoreSpec, checkpoint: dict[str, Any], head: FlameModel):
     """Yields (name, avatar, provenance) of a feature set's people."""
     features = FeatureSet(FEATURES.value, flame_sha256=head.sha256)
     if difference := spec_difference(features.spec.store, spec):
         raise UserError(f"{FEATURES.value} was made with {difference}, as the decoder was trained: extract again.")
+    if dict(features.spec.checkpoint) != checkpoint:
+        raise UserError(
+            f"{FEATURES.value} are of step {features.spec.checkpoint.get('step')} of an AR model, the decoder was "
+            f"trained on those of step {checkpoint.get('step')} of another one or another run: extract again."
+        )
     if SHAPES.value is None:
         raise UserError("--features needs --store, the token store they were extracted from: it knows the shapes.")
     store = open_store(SHAPES.value, spec.tokenizer, flame_sha256=spec.flame_sha256)
     contexts = None
     if config.cross_attention:
-        contexts = Contexts(load_ar(AR.value, flame=FLAME.value), store, IMAGE_WEIGHTS.value, POINT_WEIGHTS.value)
+        contexts = Contexts(load_ar(AR.value, STEP.value, FLAME.value), store, IMAGE_WEIGHTS.value, POINT_WEIGHTS.value)
     for name in SUBJECTS.value or features.subjects:
         cloud, identity = features.load(name), store.identity(store.index(name))
         canonical = head.neutral_params().replace(**{k: jnp.asarray(v) for k, v in identity.items()})
@@ -118,9 +129,10 @@ def from_features(params, config: DecoderConfig, spec: StoreSpec, head: FlameMod
         yield name, avatar, {"features": dict(features.spec.checkpoint), "source": features.spec.source}
 
 
-def from_portrait(params, config: DecoderConfig, spec: StoreSpec, head: FlameModel):
+def from_portrait(params, config: DecoderConfig, spec: StoreSpec, checkpoint: dict[str, Any], head: FlameModel):
     """Yields (name, avatar, provenance) of the person on --portrait."""
-    trained = load_ar(AR.value, flame=FLAME.value)
+    trained = load_ar(AR.value, STEP.value, FLAME.value)
+    trained.check_checkpoint(checkpoint, "the features the decoder was trained on")
     if difference := spec_difference(trained.spec, spec):
         raise UserError(f"{AR.value} was trained with {difference}, as the decoder: name the AR model it belongs to.")
     if config.uses_features and config.feature_width != trained.model.width:

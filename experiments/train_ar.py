@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 
 from experiments.charts import line_chart

@@ -6,7 +6,7 @@
        [--compare=all] [--mesh=data:4]
 
 `experiments.extract_features` makes the features. Subjects are those of the features that have a capture; the same
-ones are held out as in stage one (--config.data.held_out, --config.data.split_seed). `--compare=all` trains the method
+ones are held out as in stage one. `--compare=all` trains the method
 and its ablations one after another, in folders of their own, and prints one table. Several processes: as `train_ar`.
 
 Writes checkpoints/, metrics.jsonl, tensorboard/, strips/ (renders above photographs), curve.png and card.json. SIGTERM
@@ -41,7 +41,7 @@ from pointillist_jax.data.subject_views import FeatureClouds, SubjectViews, Temp
 from pointillist_jax.data.token_store import open_store, spec_difference
 from pointillist_jax.files import UserError, atomic_path
 from pointillist_jax.flame import FlameModel
-from pointillist_jax.sharding import make_mesh, start_processes
+from pointillist_jax.sharding import batch_share, make_mesh, start_processes
 from pointillist_jax.training import decoder
 from pointillist_jax.training.checkpoints import Checkpoints
 from pointillist_jax.training.loop import train
@@ -224,7 +224,7 @@ def train_decoder(
         # One size for everyone, so that one program serves training and evaluation.
         "max_points": settings.max_points or largest_cloud(clouds, everyone),
     }
-    shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    shares = dict(zip(("process_index", "process_count"), batch_share(devices), strict=True))
     loading = {"num_workers": config.data.num_workers, "num_threads": config.data.num_threads, **shares}
     source = SubjectViews(data.training, clouds, seed=seed, **shared)
     stream = iter(subject_batches(source, run_.batch_size, prefetch=config.data.prefetch, **loading))
@@ -255,6 +255,13 @@ def train_decoder(
             state = init_state(init, optimizer, run_, key, devices)[0]
         else:
             state, meta["capacity"] = restored[0], int(restored[1]["capacity"])
+            if restored[1]["features"] != json.loads(json.dumps(meta["features"])):
+                raise UserError(
+                    f"{workdir} was trained on other features than {data.features.path} (another AR checkpoint, store or "
+                    "sampling); give it those, or start anew with --overwrite."
+                )
+            if not jax.process_index():
+                print(f"going on from step {int(state.step)}", flush=True)
         step = decoder.GrowingStep(
             settings, frozen, optimizer, width, height, state=state, capacity=meta["capacity"],
             on_grow=lambda capacity: meta.update(capacity=capacity),
@@ -282,7 +289,7 @@ def train_decoder(
         scores = evaluation(state.averaged_params, streams(0), bar=bar and not jax.process_index())
         if not jax.process_index():
             points = {c.subject: clouds.num_points(c.subject) for c in everyone}
-            write_card(workdir, config, scores, points, lpips=data.lpips is not None)
+            write_card(workdir, config, scores, points, spec.source, lpips=data.lpips is not None)
     return state, stopped
 
 
@@ -307,13 +314,16 @@ class Strips:
             write_image(self._workdir / "strips" / f"{step:06d}_{stream}.png", sheet)
 
 
-def write_card(workdir: Path, config: Config, scores: dict[str, float], points: dict[str, int], lpips: bool) -> None:
+def write_card(
+    workdir: Path, config: Config, scores: dict[str, float], points: dict[str, int], source: str, lpips: bool
+) -> None:
     """card.json: scores of all held-out views."""
     card = {
         "steps": config.decoder.train.steps,
         "inputs": config.decoder.inputs,
         "points": config.decoder.points,
         "lpips": lpips,
+        "features": source,
         "num_points": points,
         "scores": {name: round(value, 4) for name, value in scores.items()},
     }
@@ -334,7 +344,9 @@ def summarize(workdir: Path, config: Config) -> dict[str, float]:
 def print_table(table: dict[str, dict[str, float]], data: Data) -> None:
     """PSNR and SSIM of every variant on every kind of held-out view."""
     streams = [name for name in STREAMS if any(f"{name}_psnr" in scores for scores in table.values())]
-    print(f"\n{len(data.training)} training people, {len(data.held_out)} unseen; PSNR in dB / SSIM (zero padding):")
+    print(f"\n{len(data.training)} training people, {len(data.held_out)} unseen; PSNR in dB / SSIM (zero padding);")
+    drawn = data.features.spec.source == "sampled"
+    print("points drawn from the portraits:" if drawn else "points of the fits themselves, unseen people's too:")
     print(f"  {'':<16}" + "".join(f"{name:>20}" for name in streams))
     for name, scores in table.items():
         cells = (f"{scores[f'{s}_psnr']:.2f} / {scores[f'{s}_ssim']:.4f}" for s in streams)

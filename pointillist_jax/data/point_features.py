@@ -200,9 +200,7 @@ class FeatureSet:
         if not (lists and isinstance(checkpoint, dict) and isinstance(sampling, dict)):
             raise FileFormatError(f"{self.path / META} is damaged (subjects, checkpoint or sampling); extract again.")
         try:
-            self.spec = FeatureSpec(
-                store, meta.get("width"), meta.get("source"), checkpoint, sampling, tuple(held_out)
-            )
+            self.spec = FeatureSpec(store, meta.get("width"), meta.get("source"), checkpoint, sampling, tuple(held_out))
         except UserError as error:
             raise FileFormatError(f"{self.path / META} is damaged ({error}); extract again.") from None
         if len(set(names)) != len(names) or not all(_NAME.fullmatch(n) for n in names):

@@ -136,7 +136,7 @@ class SubjectViews:
         for capture in captures:
             params = capture.params.timestep(0).canonical(canonical_jaw)
             self._canonical.append({name: np.asarray(getattr(params, name), np.float32) for name in FLAME_FIELDS})
-        if (shape := self._offset_shape()) is not None:
+        if (shape := self._source.offset_shape) is not None:
             for canonical, capture in zip(self._canonical, captures, strict=True):
                 offset = capture.params.static_offset
                 canonical["static_offset"] = np.zeros(shape, np.float32) if offset is None else np.asarray(offset)
@@ -148,10 +148,6 @@ class SubjectViews:
         self.groups = prefix_sums(np.array([-(-len(k) // views) for k in self._kept]))
         self._cache_bytes = cache_bytes
         self._reset()
-
-    def _offset_shape(self) -> tuple[int, ...] | None:
-        flame = self._source.empty()["flame"]
-        return flame["static_offset"].shape if "static_offset" in flame else None
 
     def _reset(self) -> None:
         self._lock, self._cache, self._cached = threading.Lock(), OrderedDict(), 0

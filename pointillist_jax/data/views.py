@@ -54,6 +54,11 @@ class ViewSource:
     def __len__(self) -> int:
         return int(self.offsets[-1])
 
+    @property
+    def offset_shape(self) -> tuple[int, ...] | None:
+        """Of `static_offset`, if any of the captures has one."""
+        return self._flame[0]["static_offset"].shape if "static_offset" in self._flame[0] else None
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         subject, n = locate(self.offsets, index)
         views, flame = self.views[subject], self._flame[subject]
@@ -71,13 +76,14 @@ class ViewSource:
         }
 
     def empty(self) -> dict[str, Any]:
+        some = next(views for views in self.views if len(views))
         flame = {name: v if name in ("shape", "static_offset") else v[0] for name, v in self._flame[0].items()}
         return {
             "image": np.full((self.height, self.width, 3), 255, np.uint8),
             "mask": np.zeros((self.height, self.width), np.uint8),
             # A camera that can be used in arithmetic: zeros would give NaN, even under a mask.
-            "viewmats": self.views[0].viewmats[0],
-            "Ks": self.views[0].Ks[0],
+            "viewmats": some.viewmats[0],
+            "Ks": some.Ks[0],
             "subject": np.int32(-1),
             "timestep": np.int32(-1),
             "camera": np.int32(-1),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pointillist_jax.configs import Config, DataConfig, DecoderConfig, TrainConfig
+from pointillist_jax.configs import Config, DecoderConfig, TrainConfig
 from pointillist_jax.data.captures import load_capture
 from pointillist_jax.data.point_features import (
     FeatureSet,
@@ -27,7 +27,6 @@ CONFIG = Config(
         train=TrainConfig(steps=30, batch_size=2, learning_rate=1e-2, warmup_steps=1, weight_decay=0.0, b2=0.999,
                           log_every=1, eval_every=15, checkpoint_every=5),
     ),
-    data=DataConfig(held_out=1),
 )  # fmt: skip
 
 
@@ -35,7 +34,7 @@ def write_people(root: Path, captures: bool = True) -> None:
     """`features/` and, which takes a renderer, `captures/<name>/`."""
     head = ball_head()
     tokenizer = PointTokenizer(head.num_faces)
-    spec = FeatureSpec(StoreSpec(tokenizer, "ball", "ball"), WIDTH, "teacher_forced", {"step": 1})
+    spec = FeatureSpec(StoreSpec(tokenizer, "ball", "ball"), WIDTH, "teacher_forced", {"step": 1}, {}, NAMES[1:])
     write_feature_meta(root / "features", spec, NAMES)
     for seed, name in enumerate(NAMES):
         if captures:

@@ -142,16 +142,19 @@ def test_resumed_and_killed_runs_equal_the_uninterrupted_one(people, tmp_path):
     run_program("train", people, tmp_path / "parts", 15)
     said = run_program("train", people, tmp_path / "parts", 30)
     assert "done 30" in said
+    assert "going on from step 15" in said
 
     process = run_program("train", people, tmp_path / "killed", 30, wait=False)
     limit = time.monotonic() + 600
-    checkpoint = tmp_path / "killed" / "checkpoints" / "5"
-    while not checkpoint.is_dir() and process.poll() is None and time.monotonic() < limit:
-        time.sleep(0.05)
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    while process.poll() is None and time.monotonic() < limit:
+        if any(p.name.isdigit() for p in checkpoints.glob("*")):
+            break
+        time.sleep(0.005)
     assert process.poll() is None, process.communicate()[0][-3000:]
     process.kill()
     process.communicate()
-    run_program("train", people, tmp_path / "killed", 30)
+    assert "going on from step" in run_program("train", people, tmp_path / "killed", 30)
 
     def losses(name):
         return [line["loss"] for line in read_metrics(tmp_path / name) if "loss" in line]
