@@ -30,12 +30,12 @@ from experiments.config_flags import define_config
 from pointillist_jax.configs import ModelConfig, TrainConfig
 from pointillist_jax.files import UserError
 from pointillist_jax.flops import device_peak, training_flops, transformer_flops
-from pointillist_jax.losses.cross_entropy import slot_cross_entropy
-from pointillist_jax.models.ar import hidden_states, output_tables, param_specs
+from pointillist_jax.models.ar import param_specs
 from pointillist_jax.models.condition import context_length
 from pointillist_jax.models.layers import init_params
 from pointillist_jax.sharding import make_mesh, shard_batch
-from pointillist_jax.training.state import init_state, make_optimizer, train_step
+from pointillist_jax.training.ar import training_window, window_loss
+from pointillist_jax.training.state import init_state, jit_step, make_optimizer, train_step
 
 CONFIG = define_config("model", "train")
 WINDOWS = flags.DEFINE_list("windows", [], "Window lengths, multiples of 4; the preset's if not given.")
@@ -62,6 +62,8 @@ class Program:
 def main() -> None:
     config = CONFIG()
     train = dataclasses.replace(config.train, warmup_steps=0)
+    if AGAINST.value == "torch" and config.model.step == "point":
+        raise UserError("--against=torch knows token steps only; leave --config.model.step=point out.")
     windows = [_window(text) for text in WINDOWS.value] or [config.model.window]
     device = jax.devices()[0]
     context = context_length(config.model)
@@ -71,7 +73,14 @@ def main() -> None:
         if not rows:
             card(model, context, device)
         rows.append(measure(model, train, context, device))
-    figures: dict[str, Any] = {"preset": config.model.dtype, "batch": BATCH.value, "context": context, "rows": rows}
+    figures: dict[str, Any] = {
+        "preset": flags.FLAGS["config"].value,
+        "model": dataclasses.asdict(config.model),
+        "parameters": _count(param_specs(config.model)),
+        "batch": BATCH.value,
+        "context": context,
+        "rows": rows,
+    }
     if SWEEP.value:
         figures["sweep"] = sweep(dataclasses.replace(config.model, window=windows[-1]), train, context)
     figures["process_peak_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -84,9 +93,8 @@ def card(model: ModelConfig, context: int, device: jax.Device) -> None:
     parts = ", ".join(f"{name} {size / 1e6:.2f} M" for name, size in sizes.items() if size > 1e4)
     print(f"{device.device_kind}: {total / 1e6:.2f} M parameters ({parts})")
     print(f"  {4 * total / MEBI:.1f} MiB in float32, {16 * total / MEBI:.1f} MiB with gradients and AdamW's moments")
-    print(
-        f"  {training_flops(flops) / model.window / 1e6:.2f} MFLOP a token at window {model.window}, context {context}"
-    )
+    each = training_flops(flops) / model.window_tokens / 1e6
+    print(f"  {each:.2f} MFLOP a token at a window of {model.window} {model.step}s, context {context}")
     print(f"  dtype {model.dtype}, attention {model.attention}, remat {model.remat}, scan_layers {model.scan_layers}")
 
 
@@ -109,9 +117,10 @@ def measure(model: ModelConfig, train: TrainConfig, context: int, device: jax.De
     seconds = alternate_clocks({name: _counted(case, bar) for name, case in cases.items()}, ROUNDS.value)
     bar.close()
 
-    tokens, peak = BATCH.value * model.window, device_peak(device.device_kind)
+    tokens, peak = BATCH.value * model.window_tokens, device_peak(device.device_kind)
     flops = BATCH.value * training_flops(transformer_flops(model, context))
-    row: dict[str, Any] = {"window": model.window, "loss": round(program.first_loss, 4)}
+    row: dict[str, Any] = {"window": model.window, "tokens": tokens, "flops": flops}
+    row["loss"] = round(program.first_loss, 4)
     print(f"window {model.window}, batch {BATCH.value}: loss {program.first_loss:.4f} before the first step")
     for name, spent in seconds.items():
         rate = flops / spent.wall
@@ -168,14 +177,19 @@ def sweep(model: ModelConfig, train: TrainConfig, context: int) -> list[dict[str
 
 
 def random_batch(rng: np.random.Generator, model: ModelConfig, context: int) -> dict[str, np.ndarray]:
-    """A true beginning of a random cloud: {"tokens", "targets" [B,T] int32, "context" [B,S,D] float32}."""
-    tokens = []
+    """True beginnings of random clouds, as `data.windows` gives them, with a context [B,S,D] float32."""
+    length, sequences = training_window(model)["window"], []
     for _ in range(BATCH.value):
-        points = rng.uniform(-0.25, 0.25, (model.window // 4 + 1, 3))
-        tokens.append(model.tokenizer.encode(points, rng.integers(0, model.num_faces, len(points)))[: model.window + 1])
-    tokens = np.stack(tokens)
-    features = rng.normal(size=(BATCH.value, context, model.width)).astype(np.float32)
-    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "context": features}
+        points = rng.uniform(-0.25, 0.25, (length // 4 + 1, 3))
+        sequences.append(model.tokenizer.encode(points, rng.integers(0, model.num_faces, len(points)))[: length + 1])
+    tokens = np.stack(sequences)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "mask": np.ones((BATCH.value, length), bool),
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (BATCH.value, length)),
+        "context": rng.normal(size=(BATCH.value, context, model.width)).astype(np.float32),
+    }
 
 
 def jax_program(model: ModelConfig, train: TrainConfig, batch: dict[str, np.ndarray]) -> Program:
@@ -183,8 +197,7 @@ def jax_program(model: ModelConfig, train: TrainConfig, batch: dict[str, np.ndar
 
     def loss_fn(params, batch, key):
         del key
-        hidden = hidden_states(params, model, batch["tokens"], batch["context"])
-        loss = slot_cross_entropy(hidden, batch["targets"], output_tables(params, model), model.tokenizer.eos)
+        loss = window_loss(params, model, batch, batch["context"])
         return loss.total, loss.count, {}
 
     mesh, optimizer = make_mesh(MESH.value), make_optimizer(train)
@@ -198,7 +211,7 @@ def jax_program(model: ModelConfig, train: TrainConfig, batch: dict[str, np.ndar
         on_device = shard_batch(dict(batch), mesh)
         step = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=train)
         start = time.perf_counter()
-        compiled = jax.jit(step, donate_argnums=0).lower(holder[0], on_device).compile()
+        compiled = jit_step(step, holder[0]).lower(holder[0], on_device).compile()
         compile_s = time.perf_counter() - start
 
     def once() -> float:
@@ -241,7 +254,7 @@ def torch_program(model: ModelConfig, train: TrainConfig, batch: dict[str, np.nd
         if train.clip_norm:
             torch.nn.utils.clip_grad_norm_(twin.parameters(), train.clip_norm)
         optimizer.step()
-        return float(loss)  # Waits for the device.
+        return float(loss.detach())  # Waits for the device.
 
     start = time.perf_counter()
     first = once()

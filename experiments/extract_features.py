@@ -32,6 +32,7 @@ from pointillist_jax.data.point_features import (
     FeatureSet,
     FeatureSpec,
     PointFeatures,
+    features_difference,
     save_point_features,
     write_feature_meta,
 )
@@ -126,11 +127,21 @@ def prepare(folder: Path, spec: FeatureSpec, names: list[str], mine: list[str]) 
         raise UserError("--resume and --overwrite exclude each other; give one.")
     known: list[str] = []
     if (folder / META).is_file():
-        if OVERWRITE.value and NUM_SHARDS.value == 1:
+        there = FeatureSet(folder, partial=True)  # Checks the file.
+        known = read_json(folder / META, "the meta.json of point features")["subjects"]
+        if difference := features_difference(there.spec, spec):
+            if not OVERWRITE.value:
+                raise UserError(
+                    f"{folder} was made with {difference}: name another folder, or replace it with --overwrite."
+                )
+            # One meta.json speaks for all files of a folder, so none of other settings may stay in it.
+            if others := sorted(set(there.subjects) - set(mine)):
+                raise UserError(
+                    f"{folder} holds {len(others)} people that this command does not replace ({others[0]} …), made "
+                    f"with {difference}: name another folder, or delete that one first."
+                )
             (folder / META).unlink()
-        else:
-            FeatureSet(folder, partial=True)  # Checks the file.
-            known = read_json(folder / META, "the meta.json of point features")["subjects"]
+            known = []
     elif folder.is_dir() and not OVERWRITE.value and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise UserError(f"--workdir={folder} holds something that is no features; name another folder.")
     for name in mine:

@@ -138,8 +138,7 @@ def fit_one(workdir: Path, subject: str, smoke: bool) -> None:
 def train_transformer(workdir: Path, smoke: bool) -> None:
     """Stage one."""
     begin(5, "the autoregressive transformer, for some minutes")
-    settings = {"data.held_out": 2, "train.steps": 300, "train.eval_every": 100, "train.schedule": "cosine",
-                "train.warmup_steps": 30, "train.learning_rate": 2e-3}  # fmt: skip
+    settings = {"data.held_out": 2, "train.steps": 300, "train.eval_every": 100}
     if smoke:
         settings = {"data.held_out": 1, "data.stride": 64, "model.window": 64, "model.layers": 1, "train.steps": 4}
     script("train_ar", f"--store={workdir}/tokens", f"--workdir={workdir}/ar", "--overwrite", *config_flags(settings))

@@ -257,8 +257,8 @@ def train_decoder(
             state, meta["capacity"] = restored[0], int(restored[1]["capacity"])
             if restored[1]["features"] != json.loads(json.dumps(meta["features"])):
                 raise UserError(
-                    f"{workdir} was trained on other features than {data.features.path} (another AR checkpoint, store or "
-                    "sampling); give it those, or start anew with --overwrite."
+                    f"{workdir} was trained on other features than {data.features.path} (another AR checkpoint, store "
+                    "or sampling); give it those, or start anew with --overwrite."
                 )
             if not jax.process_index():
                 print(f"going on from step {int(state.step)}", flush=True)

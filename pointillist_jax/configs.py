@@ -458,6 +458,15 @@ _PAPER = ModelConfig(
     encoder=EncoderConfig("vitl14_reg", 518, "michelangelo", 4096, frozen=True),
 )
 
+# Some dozen people on a laptop, in a quarter of an hour or two: few steps, and large ones.
+_TINY_TRAIN = TrainConfig(
+    steps=1000,
+    learning_rate=2e-3,
+    schedule="cosine",
+    warmup_steps=30,
+    eval_every=200,
+    checkpoint_every=100,
+)
 # A dozen people's captures of 64² to 128² on a laptop: few, large steps.
 _TINY_DECODER = DecoderConfig(
     train=TrainConfig(
@@ -485,6 +494,7 @@ PRESETS = {
         identities=IdentityConfig(density=0.35),
         fit=_LAPTOP_FIT,
         data=DataConfig(portrait_size=112, held_out=4),
+        train=_TINY_TRAIN,
     ),
     "small": Config(model=_SMALL, decoder=_SMALL_DECODER),
     "paper": Config(model=_PAPER, decoder=_PAPER_DECODER),

@@ -156,7 +156,7 @@ def write_feature_meta(folder: str | os.PathLike, spec: FeatureSpec, subjects: S
     folder = Path(folder)
     if bad := [name for name in subjects if not _NAME.fullmatch(name)]:
         raise UserError(f"{bad[0]!r} cannot be a subject's name: no slashes, no leading dot, 1 to 200 letters.")
-    if (folder / META).exists() and (difference := _difference(FeatureSet(folder, partial=True).spec, spec)):
+    if (folder / META).exists() and (difference := features_difference(FeatureSet(folder, partial=True).spec, spec)):
         raise UserError(f"{folder} was made with {difference}: extract into another folder, or give --overwrite.")
     content = {"format": FORMAT, "version": VERSION, **spec.to_json(), "subjects": list(subjects)}
     with atomic_path(folder / META) as temporary:
@@ -252,7 +252,8 @@ class FeatureSet:
         return features
 
 
-def _difference(have: FeatureSpec, want: FeatureSpec) -> str | None:
+def features_difference(have: FeatureSpec, want: FeatureSpec) -> str | None:
+    """How two specs differ, as "<name> <have>, not <want>", or None."""
     if difference := spec_difference(have.store, want.store):
         return difference
     for name in ("width", "source", "checkpoint", "sampling"):

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from pointillist_jax.configs import ModelConfig
 from pointillist_jax.files import UserError
 from pointillist_jax.flame import FlameModel
-from pointillist_jax.losses.cross_entropy import slot_cross_entropy, slot_losses
+from pointillist_jax.losses.cross_entropy import SlotLoss, slot_cross_entropy, slot_losses
 from pointillist_jax.models.ar import hidden_states, output_tables, param_specs
 from pointillist_jax.models.condition import condition_specs, encode_condition
 from pointillist_jax.models.layers import init_params as init_from_specs
@@ -69,20 +69,25 @@ def make_loss(config: ModelConfig, head: FlameModel, z_loss: float = 0.0) -> Los
 
     def loss_fn(params: Params, batch: Batch, key: Key):
         del key  # Nothing here is random: the paper names no dropout.
-        transformer = params["transformer"]
         context = encode(params, config, head, batch["condition"])
-        tables, eos = output_tables(transformer, config), config.tokenizer.eos
-        if config.step == "point":
-            states, targets = window_states(transformer, config, batch, context)
-            loss = slot_losses(states, targets, tables, eos, z_loss=z_loss)
-        else:
-            hidden = hidden_states(transformer, config, batch["tokens"], context, batch["positions"])
-            targets = jnp.where(batch["mask"], batch["targets"], config.tokenizer.pad)
-            loss = slot_cross_entropy(hidden, targets, tables, eos, z_loss=z_loss)
+        loss = window_loss(params["transformer"], config, batch, context, z_loss)
         nll = jnp.sum(loss.nll)
         return loss.total, loss.count, {"nll": (nll, loss.count), **loss.metrics()}
 
     return loss_fn
+
+
+def window_loss(
+    transformer: Params, config: ModelConfig, batch: Batch, context: Float[Array, "B S D"], z_loss: float = 0.0
+) -> SlotLoss:
+    """The next-token loss of windows, given their contexts. `batch`: tokens, targets, mask, positions [B, T]."""
+    tables, eos = output_tables(transformer, config), config.tokenizer.eos
+    if config.step == "point":
+        states, targets = window_states(transformer, config, batch, context)
+        return slot_losses(states, targets, tables, eos, z_loss=z_loss)
+    hidden = hidden_states(transformer, config, batch["tokens"], context, batch["positions"])
+    targets = jnp.where(batch["mask"], batch["targets"], config.tokenizer.pad)
+    return slot_cross_entropy(hidden, targets, tables, eos, z_loss=z_loss)
 
 
 def make_evaluation(
