@@ -21,21 +21,25 @@ from pointillist_jax.gaussians import load_avatar, load_ply
 ROOT = Path(experiments.__file__).parent.parent
 
 
-def start(*command: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
+def start(*command: str, timeout: float = 1200) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.mark.slow
 def test_quickstart_writes_what_it_names(tmp_path):
-    done = start("-m", "experiments.quickstart", "--smoke", f"--workdir={tmp_path}")
+    done = start("-m", "experiments.quickstart", "--smoke", f"--workdir={tmp_path}", timeout=3000)
     assert done.returncode == 0, done.stderr
-    named = ("head.png", "people/gallery.png", "fits/", "tokens/", "ar/", "splats.png", "talking.mp4", "frame.ply")
+    named = ("head.png", "people/gallery.png", "fits/", "tokens/", "ar/", "clouds/clouds.png", "decoder/",
+             "from_portrait.mp4", "splats.png", "talking.mp4", "frame.ply")  # fmt: skip
     assert all(name in done.stdout for name in (*named, str(tmp_path)))
     for name in (*named, "people/person_0001/truth/", "ar/curve.png", "fits/person_0001/report.png"):
         assert (tmp_path / name).exists()
     head = iio.imread(tmp_path / "head.png")
     assert head.ndim == 3
     assert head.std() > 20
+    portrait = load_avatar(tmp_path / "avatars" / "portrait")
+    assert 0 < portrait.gaussians.num_gaussians <= 32
+    assert iio.imread(tmp_path / "from_portrait.mp4", plugin="FFMPEG").shape == (8, 96, 96, 3)
     video = iio.imread(tmp_path / "talking.mp4", plugin="FFMPEG")
     assert video.shape == (8, 96, 96, 3)
     assert np.abs(np.diff(video.astype(int), axis=0)).max(axis=(1, 2, 3)).min() > 30  # Every frame moves.
