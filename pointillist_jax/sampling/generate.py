@@ -184,28 +184,34 @@ def generate_many(
     """
     options = {"progress": progress, "max_points": max_points, "slots": slots, "context_size": context_size} | options
     for row in _run(params, config, tokenizer, requests, **options):
-        limit = max_points if row.request.max_points is None else row.request.max_points
-        yield row.request.name, _gather([row], tokenizer, limit)
+        yield row.request.name, _gather([row], tokenizer, row.limit)
 
 
 class _Row:
     """One subject in work: what its chunks have brought."""
 
-    def __init__(self, request: Request, forced: np.ndarray, start: int):
-        self.request, self.forced, self.start = request, forced, start
+    def __init__(self, request: Request, tokenizer: PointTokenizer, max_points: int, start: int):
+        self.request, self.start = request, start
+        self.limit = max_points if request.max_points is None else request.max_points
+        self.forced = _forced_points(request, tokenizer, self.limit)
         self.parts: list[tuple[np.ndarray, ...]] = []
         self.num_points, self.done = 0, False
 
+    @property
+    def by_eos(self) -> bool:
+        """Whether E ended it. At its limit a row is done before it could draw one."""
+        return self.done and self.num_points < self.limit
+
     def take(self, chunk: loop.Chunk, row: int, first_step: int, num_points: int, done: bool) -> None:
         """Adds a chunk that began at `first_step`. The row's own first step is S S S S and carries nothing."""
-        begin = max(self.start + 1 - first_step, 0)
-        stop = int(chunk.steps) if not done else self.start + 1 + num_points + 1 - first_step
-        stop = min(stop, int(chunk.steps))
-        self.parts.append(tuple(None if x is None else np.array(x[row, begin:stop]) for x in chunk[1:]))
         self.num_points, self.done = num_points, done
+        begin = max(self.start + 1 - first_step, 0)
+        # The loop goes on for other rows: what this one made after its end is no part of it.
+        stop = self.start + 1 + num_points + self.by_eos - first_step if done else int(chunk.steps)
+        self.parts.append(tuple(None if x is None else np.array(x[row, begin:stop]) for x in chunk[1:]))
 
     def arrays(self) -> list[np.ndarray | None]:
-        """Classes, log-probs, masked mass and hidden states of all steps, that of E among them."""
+        """Classes, log-probs, masked mass and hidden states of all points, and of the E drawn after them, if any."""
         return [None if x[0] is None else np.concatenate(x) for x in zip(*self.parts, strict=True)]
 
 
@@ -239,7 +245,7 @@ def _run(
         waiting = []
         for i in range(slots):
             if rows[i] is None and upcoming is not None:
-                rows[i] = _Row(upcoming, _forced_points(upcoming, tokenizer, max_points), step)
+                rows[i] = _Row(upcoming, tokenizer, max_points, step)
                 waiting.append(i)
                 upcoming = next(requests, None)
         busy = [i for i in range(slots) if rows[i] is not None]
@@ -248,7 +254,7 @@ def _run(
         # While subjects wait, the loop ends as soon as one row is free; then only when all are.
         stop_at = jnp.asarray(slots - len(busy) + 1 if upcoming is not None else slots)
         with on_mesh():
-            state = _admit(stepper, weights, state, rows, waiting, size, max_points)
+            state = _admit(stepper, weights, state, rows, waiting, size)
             state, made = loop.run_chunk(program, weights, state, filters, _forced_chunk(rows, step, chunk), stop_at)
         made, counts, done = jax.device_get((made, state.num_points, state.done))
         for i in busy:
@@ -262,7 +268,7 @@ def _run(
                 rows[i] = None
 
 
-def _admit(stepper, weights, state, rows, waiting, size, max_points):
+def _admit(stepper, weights, state, rows, waiting, size):
     """The state with the rows in `waiting` begun; the first call makes it."""
 
     def padded(request):
@@ -274,9 +280,6 @@ def _admit(stepper, weights, state, rows, waiting, size, max_points):
             )
         return np.pad(context, ((0, size - context.shape[0]), (0, 0))), context.shape[0]
 
-    def limit(request):
-        return max_points if request.max_points is None else request.max_points
-
     if state is None:
         blank = np.zeros((size, stepper.config.width), np.float32), size
         contexts = [blank if row is None else padded(row.request) for row in rows]
@@ -286,21 +289,20 @@ def _admit(stepper, weights, state, rows, waiting, size, max_points):
             np.stack([c for c, _ in contexts]),
             np.array([n for _, n in contexts], np.int32),
             np.stack([np.zeros(2, np.uint32) if row is None else _key_data(row.request.key) for row in rows]),
-            np.array([-1 if row is None else limit(row.request) for row in rows], np.int32),
+            np.array([-1 if row is None else row.limit for row in rows], np.int32),
         )
     for i in waiting:
         request = rows[i].request
         context, length = padded(request)
         state = loop.admit(
             stepper, weights, state, jnp.asarray(i), context, jnp.asarray(length), _key_data(request.key),
-            jnp.asarray(limit(request)),
+            jnp.asarray(rows[i].limit),
         )  # fmt: skip
     return state
 
 
-def _forced_points(request: Request, tokenizer: PointTokenizer, max_points: int) -> np.ndarray:
+def _forced_points(request: Request, tokenizer: PointTokenizer, limit: int) -> np.ndarray:
     """[P, 4] classes of a request's prefix."""
-    limit = max_points if request.max_points is None else request.max_points
     if limit < 0:
         raise UserError(f"max_points={limit} must not be negative.")
     if request.prefix is None:
@@ -337,14 +339,12 @@ def _gather(rows: list[_Row], tokenizer: PointTokenizer, max_points: int) -> Gen
     log_probs, masked = np.zeros((B, T)), np.zeros((B, T))
     hidden, reasons, mean_masked = None, [], np.zeros(B)
     for i, row in enumerate(rows):
-        n = row.num_points
+        n, by_eos = row.num_points, row.by_eos
         classes, logs, mass, states = row.arrays()
         stop = 4 + 4 * n
         tokens[i, :4], tokens[i, stop : stop + 4] = ids.bos, ids.eos
         tokens[i, 4:stop] = (classes[:n] + np.array([0, 0, 0, ids.bins], np.int32)).reshape(-1)
         cells[i, :n], binding[i, :n] = classes[:n, :3], classes[:n, 3]
-        # A step beyond the last point drew E; where max_points ended the row there is none.
-        by_eos = len(classes) > n
         reasons.append("eos" if by_eos else "max_points")
         for out, values in ((log_probs, logs), (masked, mass)):
             out[i, 4 : stop + by_eos] = values.reshape(-1)[: 4 * n + by_eos]

@@ -112,6 +112,10 @@ def test_the_batch_changes_nothing(rng):
         assert queue[i].num_points[0] == points
         np.testing.assert_array_equal(queue[i].tokens[0, : 4 + 4 * points], alone.tokens[0, : 4 + 4 * points])
         np.testing.assert_array_equal(queue[i].hidden[0], alone.hidden[0, :points])
+        limited = run(context[i : i + 1], key=keys[i], max_points=limits[i])
+        assert queue[i].stop_reason == limited.stop_reason
+        for name in ("log_prob", "token_log_probs", "masked_mass", "token_masked_mass"):
+            np.testing.assert_array_equal(getattr(queue[i], name), getattr(limited, name))
         if i < 7:
             np.testing.assert_array_equal(alone.tokens[0], seven.tokens[i])
             np.testing.assert_array_equal(alone.token_log_probs[0], seven.token_log_probs[i])
@@ -120,6 +124,39 @@ def test_the_batch_changes_nothing(rng):
         alone = run(context[i : i + 1], key=keys[i], slots=0)
         np.testing.assert_array_equal(alone.tokens[0], seven.tokens[i])
         np.testing.assert_allclose(alone.token_log_probs[0], seven.token_log_probs[i], atol=1e-5)
+
+
+def test_a_row_ends_alone(rng):
+    """Rows of one chunk end at 5, 9 and 14 points or by E while others go on: each has what `score` says, no more."""
+    params, context = params_without_end(CONFIG), contexts(rng, CONFIG, 12)
+    keys, limits = np.array(jax.random.split(jax.random.PRNGKey(4), 12)), [5, 9, 14, 24] * 3
+    requests = [Request(i, context[i], keys[i], limits[i]) for i in range(12)]
+    seven = dict(generate_many(params, CONFIG, IDS, requests[:7], **OPTIONS))
+    queue = dict(generate_many(params, CONFIG, IDS, requests, **OPTIONS))
+    reasons = set()
+    for i, limit in enumerate(limits):
+        found, n = queue[i], int(queue[i].num_points[0])
+        reasons |= {(limit, *found.stop_reason)}
+        assert found.stop_reason == (["max_points"] if n == limit else ["eos"])
+        whole = score(params, CONFIG, np.pad(found.tokens, ((0, 0), (0, 96 - 4 * limit)), constant_values=IDS.pad),
+                      context[i : i + 1])  # fmt: skip
+        drawn = 4 * n + (n < limit)  # The E of max_points is forced.
+        for name in ("token_log_probs", "token_masked_mass"):
+            np.testing.assert_allclose(
+                getattr(found, name)[:, : 4 + drawn], getattr(whole, name)[:, : 4 + drawn], atol=1e-5
+            )
+            assert not getattr(found, name)[:, 4 + drawn :].any()
+        np.testing.assert_allclose(found.log_prob, whole.token_log_probs[:, : 4 + drawn].sum(axis=1), atol=1e-4)
+        masked = whole.token_masked_mass[:, 4 : 4 + drawn].mean(axis=1)
+        np.testing.assert_allclose(found.masked_mass, masked, atol=1e-5)
+        # Alone, among seven and through the queue: bit for bit.
+        alone = run(context[i : i + 1], key=keys[i], max_points=limit)
+        for other in [alone, seven[i]] if i < 7 else [alone]:
+            assert other.stop_reason == found.stop_reason
+            for name in ("tokens", "log_prob", "token_log_probs", "masked_mass", "token_masked_mass", "hidden"):
+                np.testing.assert_array_equal(getattr(other, name), getattr(found, name))
+    assert {(limit, "max_points") for limit in (5, 9, 14)} <= reasons
+    assert {reason for _, reason in reasons} == {"eos", "max_points"}
 
 
 def test_a_prefix_is_continued(rng):
