@@ -145,11 +145,16 @@ def generate(
         )
     requests = (Request(i, context[i, : lengths[i]], keys[i], prefix=prefix[i]) for i in range(batch))
     found: dict[int, _Row] = {}
-    report = None if progress is None else lambda rows: progress(np.array([rows.get(i, 0) for i in range(batch)]))
+    counts = dict.fromkeys(range(batch), 0)
+
+    def report(busy: dict[int, int]) -> None:
+        counts.update(busy)  # Rows that ended in an earlier chunk keep theirs.
+        progress(np.array(list(counts.values())))
+
     for row in _run(
         params, config, tokenizer, requests, max_points=max_points, temperature=temperature, top_p=top_p, top_k=top_k,
-        constrain=constrain, cache_dtype=cache_dtype, return_hidden=return_hidden, progress=report, chunk=chunk,
-        slots=max(slots, batch), mesh=mesh, context_size=context.shape[1],
+        constrain=constrain, cache_dtype=cache_dtype, return_hidden=return_hidden, chunk=chunk, mesh=mesh,
+        progress=progress and report, slots=max(slots, batch), context_size=context.shape[1],
     ):  # fmt: skip
         found[row.request.name] = row
     return _gather([found[i] for i in range(batch)], tokenizer, max_points)

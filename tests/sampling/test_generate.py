@@ -194,6 +194,17 @@ def test_result(rng):
     np.testing.assert_array_equal(seen[-1], found.num_points)
 
 
+def test_progress_counts_rows_that_have_ended(rng):
+    """Rows that ended in the first chunk are reported with their points after the second too."""
+    context, seen = contexts(rng, CONFIG, 8), []
+    keys = np.array(jax.random.split(jax.random.PRNGKey(1), 8))
+    found = run(context, key=keys, progress=seen.append)
+    assert found.num_points.max() > 16 > found.num_points.min()  # Two chunks of 16 steps.
+    assert len(seen) == 2
+    np.testing.assert_array_equal(seen[0], np.minimum(found.num_points, 15))  # The first step is S S S S.
+    np.testing.assert_array_equal(seen[1], found.num_points)
+
+
 def test_the_condition_is_used(rng):
     context = contexts(rng, CONFIG, 2)
     found = run(context, key=jax.random.PRNGKey(0))
