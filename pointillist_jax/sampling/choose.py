@@ -80,9 +80,9 @@ def draw(
     kept = jnp.where(allowed, logits, -jnp.inf)
     rates = jnp.exp((kept - kept.max(-1, keepdims=True)) / jnp.maximum(filters.temperature, 1e-6))
     if filters.top_k is not None:
-        rates = jnp.where(rates >= _kth(rates, filters.top_k), rates, 0)
+        rates = _at_least(rates, _kth(rates, filters.top_k))
     if filters.top_p is not None:
-        rates = jnp.where(rates >= _nucleus(rates, filters.top_p), rates, 0)
+        rates = _at_least(rates, _nucleus(rates, filters.top_p))
     drawn = jnp.argmax(rates / waits, axis=-1)
     value = jnp.where(forced >= 0, forced, drawn)
     chosen = jnp.take_along_axis(logits, value[:, None], axis=-1)[:, 0]
@@ -97,6 +97,11 @@ def waiting_times(keys: UInt32[Array, "B 2"], index: Int[Array, "B"], count: int
     return -jnp.log(((bits >> 9).astype(dtype) + 0.5) * 2.0**-23)
 
 
+def _at_least(rates: Float[Array, "B C"], threshold: Float[Array, "B 1"]) -> Float[Array, "B C"]:
+    """Rates below a threshold of `_largest` become 0; compared as they were searched, so that its own class stays."""
+    return jnp.where(rates.astype(threshold.dtype) >= threshold, rates, 0)
+
+
 def _kth(rates: Float[Array, "B C"], k: Int[Array, ""]) -> Float[Array, "B 1"]:
     """The k-th largest rate: with ties a few more than k are kept."""
     return _largest(rates, lambda above: above.sum(1) >= k)
@@ -109,7 +114,7 @@ def _nucleus(rates: Float[Array, "B C"], top_p: Float[Array, ""]) -> Float[Array
 
 
 def _largest(rates, holds):
-    """The largest float t in [0, 1] for which `holds` of (rates ≥ t), which holds at 0 and less and less above it.
+    """The largest float32 t in [0, 1] for which `holds` of (rates ≥ t), which holds at 0 and less and less above it.
 
     The search goes over the bits of t, five at a time: six passes, where sorting is slow on every device.
     """

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from scipy.stats import chisquare
 
 from pointillist_jax.sampling import choose, generate, score
@@ -122,6 +123,23 @@ def test_temperature_and_filters(rng):
         observed, wanted = ((np.append(x[common], x[~common].sum()) + 1e-9) for x in (counts, expected))
         if common.sum() > 1:
             assert chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, None), (None, 0.8)])
+def test_filters_in_float64(rng, x64, top_k, top_p):
+    """The last class that a filter keeps can be drawn, and the next one cannot, whichever way float32 rounds it."""
+    logits = rng.normal(0, 2, (200, 40))
+    order, rows = np.argsort(-logits), np.arange(200)
+    probs = np.take_along_axis(np.exp(logits), order, 1)
+    last = top_k - 1 if top_k else (np.cumsum(probs, axis=1) < top_p * probs.sum(axis=1, keepdims=True)).sum(axis=1)
+    filters = choose.Filters(jnp.float64(1), top_k and jnp.int32(top_k), top_p and jnp.float64(top_p))
+    for place, kept in ((last, True), (last + 1, False)):
+        # A class that is kept at all wins with a waiting time this short.
+        waits = np.ones_like(logits)
+        waits[rows, order[rows, place]] = 1e-9
+        args = jnp.asarray(logits), jnp.ones(logits.shape, bool), jnp.asarray(waits), filters, jnp.full(200, -1)
+        value = np.asarray(draw(*args, constrain=True).value)
+        assert ((value == order[rows, place]) == kept).all()
 
 
 def test_hopeless_logits(rng):
