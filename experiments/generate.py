@@ -166,7 +166,8 @@ def _prefix(truth: np.ndarray | None, trained: TrainedAR) -> np.ndarray | None:
     high = trained.spec.tokenizer.pad
     tokens = read_npz(PREFIX.value, {"tokens": ArraySpec(("T",), "int", low=0, high=high)}, "tokens of this script")
     tokens = tokens["tokens"].astype(np.int32)
-    return tokens[tokens != trained.spec.tokenizer.eos]
+    ends = np.flatnonzero(tokens < trained.spec.tokenizer.eos)
+    return tokens[: ends[-1] + 1 if len(ends) else 0]
 
 
 def is_done(folder: Path, trained: TrainedAR, settings: dict[str, Any]) -> bool:

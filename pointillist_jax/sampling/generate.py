@@ -70,7 +70,7 @@ class Request:
       context: [S, D].
       key: [2] of `jax.random.PRNGKey`, or a typed key.
       max_points: of this subject; None is the call's.
-      prefix: [4P + 4] tokens S S S S, points (or with E E E E, which are dropped), to be continued.
+      prefix: [4P + 4] tokens S S S S, points, to be continued; E and P at its end are dropped.
     """
 
     name: Any
@@ -114,7 +114,7 @@ def generate(
         first, as everywhere.
       constrain: False leaves the order of points to the model (slots always hold their own kind of token): the
         result may then be refused by `tokenizer.decode`.
-      prefix: tokens S S S S, points (E E E E at the end are dropped), of all rows [T], or a list of one per row; its
+      prefix: tokens S S S S, points (E and P at the end are dropped), of all rows [T], or a list of one per row; its
         points are kept and continued.
       context_lengths: for contexts padded to one length.
       cache_dtype: "float32", "bfloat16" or "int8" keys and values; that of the computation by default.
@@ -313,9 +313,15 @@ def _forced_points(request: Request, tokenizer: PointTokenizer, limit: int) -> n
     if request.prefix is None:
         return np.zeros((0, 4), np.int32)
     tokens = np.asarray(request.prefix)
-    ended = np.append(tokens[tokens < tokenizer.eos], [tokenizer.eos] * 4)
+    if tokens.ndim != 1:
+        raise UserError(f"prefix of {request.name}: tokens have shape {tokens.shape}; expected [T].")
+    kept = len(tokens)
+    while kept and tokens[kept - 1] in (tokenizer.eos, tokenizer.pad):
+        kept -= 1
+    ended = np.append(tokens[:kept], [tokenizer.eos] * 4)
     if error := tokenizer.first_error(ended):
-        raise UserError(f"prefix of {request.name}: {error}")
+        at = "its end" if error.position >= kept else f"token {error.position}"
+        raise UserError(f"prefix of {request.name}: at {at}, {error.rule}. A prefix is S S S S and whole points.")
     classes = ended[4:-4].reshape(-1, 4).astype(np.int32) - np.array([0, 0, 0, tokenizer.bins], np.int32)
     if len(classes) > limit:
         raise UserError(f"prefix of {request.name}: {len(classes)} points are more than max_points={limit}.")

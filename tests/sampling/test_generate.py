@@ -126,6 +126,29 @@ def test_the_batch_changes_nothing(rng):
         np.testing.assert_allclose(alone.token_log_probs[0], seven.token_log_probs[i], atol=1e-5)
 
 
+@pytest.mark.parametrize("token", [IDS.eos, IDS.pad, IDS.bos])
+@pytest.mark.parametrize(("at", "times"), [(12, 4), (12, 1), (13, 1), (4, 4)])
+def test_only_the_end_of_a_prefix_is_dropped(rng, token, at, times):
+    """E, P or S between the points is refused with its place, not left out."""
+    cloud = random_cloud(rng, CONFIG, 6)
+    prefix = np.insert(cloud, [at] * times, token)
+    # E at an x slot is legal as such: then what follows it is not.
+    place = at + times if token == IDS.eos and at % 4 == 0 else at
+    with pytest.raises(UserError, match=rf"prefix of 0: at token {place}, .* A prefix is S S S S and whole points\."):
+        run(contexts(rng, CONFIG, 1), key=jax.random.PRNGKey(0), prefix=prefix)
+
+
+def test_the_end_of_a_prefix_is_dropped(rng):
+    context, cloud = contexts(rng, CONFIG, 1), random_cloud(rng, CONFIG, 6)
+    plain = run(context, key=jax.random.PRNGKey(0), prefix=cloud[:-4])
+    padded = np.append(cloud, [IDS.pad] * 5)
+    for prefix in (cloud, padded, cloud[:-3]):
+        np.testing.assert_array_equal(run(context, key=jax.random.PRNGKey(0), prefix=prefix).tokens, plain.tokens)
+    for wrong, said in ((cloud[:-6], "at its end"), (cloud[None], "shape"), (cloud / 2, "dtype")):
+        with pytest.raises(UserError, match=said):
+            run(context, key=jax.random.PRNGKey(0), prefix=[wrong])
+
+
 def test_a_row_ends_alone(rng):
     """Rows of one chunk end at 5, 9 and 14 points or by E while others go on: each has what `score` says, no more."""
     params, context = params_without_end(CONFIG), contexts(rng, CONFIG, 12)
