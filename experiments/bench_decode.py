@@ -9,8 +9,9 @@ every position, so time does not depend on it; the card says so in numbers.
 
 --against=torch runs the same model through a cached loop in PyTorch (`torch_reference/decode.py`: same sizes, dtype,
 weights and tokens, its own ring caches, SDPA) in the same process, A B A B, medians; hidden states and
-log-probabilities are checked to be equal first. --variants also times a loop of a fixed number of steps. To try command
-buffers on a GPU, start it with XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE: the flags stand in the JSON line.
+log-probabilities are checked to be equal first. Torch runs on one thread or on all, whichever is faster at that batch.
+--variants also times a loop of a fixed number of steps. To try command buffers on a GPU, start it with
+XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE: the flags stand in the JSON line.
 """
 
 from __future__ import annotations
@@ -57,6 +58,11 @@ def main() -> None:
     batches, positions = _integers(BATCHES.value, "batches", 1), _integers(POSITIONS.value, "positions", 0)
     if AGAINST.value and (model.step != "token" or jax.device_count() > 1):
         raise UserError("--against=torch compares token steps on one device: leave --config.model.step at token.")
+    if AGAINST.value and CACHE_DTYPE.value not in ("", model.dtype):
+        raise UserError(
+            f"--against=torch keeps keys and values in the model's {model.dtype}: leave --cache_dtype="
+            f"{CACHE_DTYPE.value} out, or time it without --against."
+        )
     params = init_params(param_specs(model), jax.random.PRNGKey(SEED.value))
     if model.dtype == "bfloat16":
         params = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 2 else x, params)
@@ -143,6 +149,8 @@ class Bench:
             cases |= {(name, position): self._jax_case(name, position) for name in self.loops}
             if self.twin is not None:
                 cases["torch", position] = self.twin.case(self.forced, position)
+        if self.twin is not None:
+            self.twin.choose_threads(self.forced, max(positions))
         bar = tqdm(total=(ROUNDS.value + 1) * len(cases), desc=f"batch {self.batch}", unit="run")
         seconds = alternate_clocks({case: _counted(once, bar) for case, once in cases.items()}, ROUNDS.value, warmup=1)
         bar.close()
@@ -216,7 +224,7 @@ def torch_decoder(model: ModelConfig, params, context: np.ndarray):
     from experiments.torch_reference.point_transformer import PointTransformer, load_arrays
 
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
-    dtype, cores = getattr(torch, model.dtype), torch.get_num_threads()
+    dtype, cores = getattr(torch, model.dtype), _torch_cores()
     twin = PointTransformer(model)
     load_arrays(twin, jax.tree.map(lambda x: np.asarray(x, np.float32), params))
     twin.to(device, dtype)
@@ -228,6 +236,19 @@ def torch_decoder(model: ModelConfig, params, context: np.ndarray):
         def __init__(self):
             with torch.inference_mode():
                 self.decoder = Decoder(twin, tensor(context).to(dtype))
+            self.threads = 0
+
+        def choose_threads(self, forced, position: int) -> None:
+            """Products this small may run faster on one thread than on all: torch gets the better of the two."""
+            points = self.case(forced[:, :8], position)
+
+            def on(threads: int) -> None:
+                torch.set_num_threads(threads)
+                points()
+
+            trial = alternate_clocks({n: functools.partial(on, n) for n in sorted({1, cores})}, repeats=5)
+            self.threads = min(trial, key=lambda n: trial[n].wall)
+            torch.set_num_threads(self.threads)
 
         def case(self, forced, position: int) -> Callable[[], None]:
             forced, hidden = tensor(forced).long(), tensor(np.zeros((len(context), model.width))).to(dtype)
@@ -238,16 +259,6 @@ def torch_decoder(model: ModelConfig, params, context: np.ndarray):
                 if device == "cuda":
                     torch.cuda.synchronize()
 
-            # Products this small may run faster on one thread than on all: torch gets the better of the two.
-            trial = {}
-            for self.threads in sorted({1, cores}):
-                torch.set_num_threads(self.threads)
-                points(forced[:, :1])
-                start = time.perf_counter()
-                points(forced[:, :4])
-                trial[self.threads] = time.perf_counter() - start
-            self.threads = min(trial, key=trial.get)
-            torch.set_num_threads(self.threads)
             return lambda: points(forced)
 
         def first_points(self, forced) -> tuple[np.ndarray, np.ndarray]:
@@ -256,6 +267,14 @@ def torch_decoder(model: ModelConfig, params, context: np.ndarray):
                 return logs.float().cpu().numpy(), states.float().cpu().numpy()
 
     return Twin()
+
+
+@functools.cache
+def _torch_cores() -> int:
+    """Torch's threads as the process began: a batch's choice does not bind the next one."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def _figures(spent: Seconds, points: int, batch: int, share: float | None) -> dict[str, float]:

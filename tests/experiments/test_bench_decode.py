@@ -26,6 +26,7 @@ def test_bench_decode_beside_torch_ends_in_one_json_line():
         assert row["batch"] == 2
         assert row["jax_tokens_per_s"] > 0
         assert row["torch_over_jax_cpu"] > 0
+        assert row["torch_threads"] >= 1
     assert {"versions", "machine", "xla_flags"} <= set(figures)
 
 
@@ -33,6 +34,7 @@ def test_errors_are_sentences():
     for arguments, said in (
         (("--batches=0",), "--batches=0 must be whole numbers"),
         (("--against=torch", "--config.model.step=point"), "--against=torch compares token steps"),
+        (("--against=torch", "--cache_dtype=int8"), "leave --cache_dtype=int8 out"),
     ):
         done = bench(*arguments)
         assert done.returncode == 2
