@@ -8,6 +8,7 @@ look-ups are left out: they are no matrix products. XLA's own count covers them 
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from pointillist_jax.configs import ModelConfig
 
@@ -20,7 +21,7 @@ class Peak:
     bandwidth: float
 
 
-# By a part of `jax.Device.device_kind`, the most specific first.
+# By whole words of `jax.Device.device_kind`, the most specific first: a GB200 is no B200.
 PEAKS = {
     "B200": Peak(2.25e15, 8.0e12),
     "H200": Peak(989e12, 4.8e12),
@@ -31,15 +32,22 @@ PEAKS = {
     "A100": Peak(312e12, 2.039e12),
     "L40S": Peak(362e12, 0.864e12),
     "TPU v6": Peak(918e12, 1.64e12),
+    "TPU v6e": Peak(918e12, 1.64e12),
     "TPU v5 lite": Peak(197e12, 0.819e12),
+    "TPU v5e": Peak(197e12, 0.819e12),
     "TPU v5": Peak(459e12, 2.765e12),
+    "TPU v5p": Peak(459e12, 2.765e12),
     "TPU v4": Peak(275e12, 1.228e12),
 }
 
 
 def device_peak(device_kind: str) -> Peak | None:
     """The peak of a device by `jax.Device.device_kind`, or None: an MFU without a datasheet would be an invention."""
-    return next((peak for name, peak in PEAKS.items() if name.lower() in device_kind.lower()), None)
+
+    def named(name: str) -> bool:
+        return re.search(rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])", device_kind, re.IGNORECASE) is not None
+
+    return next((peak for name, peak in PEAKS.items() if named(name)), None)
 
 
 def attention_flops(queries: int, keys: int, heads: int, head_dim: int, *, causal: bool = False) -> float:

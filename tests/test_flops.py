@@ -91,7 +91,21 @@ def test_grouped_queries_save_projections_only():
 
 @pytest.mark.parametrize(
     ("kind", "flops"),
-    [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("cpu", None), ("TPU v5 lite", 197e12)],
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA B200", 2.25e15),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        # Other devices whose names contain a known one's.
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA A100X", None),
+        ("cpu", None),
+    ],
 )
 def test_peaks_are_known_or_none(kind, flops):
     peak = device_peak(kind)
