@@ -47,8 +47,11 @@ def load_flame_params(path: str | os.PathLike, model: FlameModel) -> FlameParams
     """
     arrays = read_npz(path, _SPECS, "a flame_param.npz", max_bytes=_MAX_BYTES)
     arrays = {key: np.asarray(value, np.float32) for key, value in arrays.items()}
+    for key, value in arrays.items():
+        if not value.size:
+            raise FileFormatError(f"{path}: {key} has shape {value.shape}, no values; write at least one timestep.")
     shapes = arrays["shape"].reshape(-1, arrays["shape"].shape[-1])
-    if len(shapes) == 0 or (shapes != shapes[0]).any():
+    if (shapes != shapes[0]).any():
         raise FileFormatError(f"{path}: shape differs between timesteps; one file holds one identity, split it.")
     values = {"shape": _fit(path, "shape", shapes[0], model.shape_dirs.shape[-1], model)}
 

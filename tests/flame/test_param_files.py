@@ -90,6 +90,17 @@ def test_what_does_not_fit_is_refused_by_name(rng, flame_model, tmp_path, change
         load_flame_params(tmp_path / "p.npz", flame_model)
 
 
+@pytest.mark.parametrize("keys", [("expr", "rotation", "neck_pose", "jaw_pose", "eyes_pose", "translation"),
+                                  ("shape",), ("jaw_pose",), ("static_offset",)])  # fmt: skip
+def test_no_timesteps_are_refused(rng, flame_model, tmp_path, keys):
+    arrays = as_arrays(one_identity(rng, flame_model, 1))
+    axes = {"shape": 1, "static_offset": 2}
+    empty = {key: np.zeros((0, *arrays[key].shape[-axes.get(key, 1) :]), np.float32) for key in keys}
+    write_npz(tmp_path / "p.npz", arrays | empty)
+    with pytest.raises(FileFormatError, match=rf"{keys[0]} has shape \(0, .*at least one timestep"):
+        load_flame_params(tmp_path / "p.npz", flame_model)
+
+
 def test_zeros_for_another_head_are_refused(tmp_path):
     coarse, full = open_head("coarse"), open_head("full")
     path = tmp_path / "flame_param.npz"
