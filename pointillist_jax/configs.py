@@ -7,11 +7,19 @@ The only place where they live. Scripts take `--config=<preset>` and `--config.<
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from pointillist_jax.files import UserError
 from pointillist_jax.tokens import DEFAULT_LOWER, DEFAULT_UPPER, PointTokenizer
+
+
+def _at_least(config: Any, path: str, **least: float) -> None:
+    """Raises UserError for the first field of `config` below its least value; `path` leads to it in flags."""
+    for name, low in least.items():
+        if not getattr(config, name) >= low:  # So that NaN is refused too.
+            raise UserError(f"{path}.{name}={getattr(config, name)} must be at least {low}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,9 +187,7 @@ class TrainConfig:
         low = {"steps": 1, "batch_size": 1, "warmup_steps": 0, "accumulate": 1, "log_every": 1, "eval_every": 0}
         low |= {"checkpoint_every": 1, "keep": 1, "learning_rate": 0, "weight_decay": 0, "clip_norm": 0, "ema_decay": 0}
         low |= {"z_loss": 0}
-        for name, least in low.items():
-            if getattr(self, name) < least:
-                raise UserError(f"train.{name}={getattr(self, name)} must be at least {least}.")
+        _at_least(self, "train", **low)
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"train.batch_size={self.batch_size} does not divide into train.accumulate={self.accumulate} parts."
@@ -207,6 +213,11 @@ class EncoderConfig:
     points: str = "tiny"
     num_points: int = 512
     frozen: bool = False
+
+    def __post_init__(self):
+        if self.image_size < 14 or self.image_size % 14:
+            raise UserError(f"model.encoder.image_size={self.image_size} must be a positive multiple of 14.")
+        _at_least(self, "model.encoder", num_points=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,15 +285,16 @@ class ModelConfig:
         for name, legal in choices.items():
             if getattr(self, name) not in legal:
                 raise UserError(f"model.{name}={getattr(self, name)!r} must be one of {', '.join(legal)}.")
+        positive = ("num_faces", "bins", "width", "layers", "heads", "head_dim", "mlp_width", "slot_layers")
+        _at_least(self, "model", **dict.fromkeys((*positive, "attention_block"), 1))
+        if not 0 < self.rope_theta < math.inf:
+            raise UserError(f"model.rope_theta={self.rope_theta} must be a positive number.")
         if self.kv_heads < 0 or self.heads % self.num_kv_heads:
             raise UserError(f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}.")
         if self.head_dim % 2 or self.window < 4 or self.window % 4:
             raise UserError(
                 f"model.head_dim={self.head_dim} must be even and model.window={self.window} a multiple of 4."
             )
-
-        if self.slot_layers < 1:
-            raise UserError(f"model.slot_layers={self.slot_layers} must be at least 1.")
 
     @property
     def num_kv_heads(self) -> int:
@@ -374,10 +386,9 @@ class DecoderConfig:
             raise UserError(
                 "decoder.points=flame_vertices has no AR features: give decoder.inputs=position_only (or none)."
             )
-        least = {"width": 1, "layers": 0, "heads": 1, "head_dim": 1, "octaves": 1, "views": 1, "max_points": 0}
-        for name, low in (least | {"eval_views": 1, "feature_width": 1, "context_width": 1}).items():
-            if getattr(self, name) < low:
-                raise UserError(f"decoder.{name}={getattr(self, name)} must be at least {low}.")
+        positive = ("width", "heads", "head_dim", "mlp_width", "octaves", "views", "eval_views", "feature_width")
+        _at_least(self, "decoder", **dict.fromkeys((*positive, "context_width", "attention_block"), 1))
+        _at_least(self, "decoder", layers=0, max_points=0)
         if not (0 < self.initial_opacity < 1 and self.max_scale > 1e-5 and self.max_offset >= 0):
             raise UserError(
                 "decoder.initial_opacity must lie in (0, 1), max_scale above 1e-5, max_offset at 0 or more."
