@@ -119,6 +119,7 @@ def open_shared_workdir(path: str | os.PathLike, made: Sequence[str], *, resume:
 
     Raises:
       UserError: as `open_workdir`, in every process.
+      OSError: in process 0, the folder cannot be written; UserError in the others.
     """
     import jax
     from jax.experimental import multihost_utils
@@ -127,7 +128,7 @@ def open_shared_workdir(path: str | os.PathLike, made: Sequence[str], *, resume:
     if jax.process_index() == 0:
         try:
             path = open_workdir(path, made, resume=resume, overwrite=overwrite)
-        except UserError as error:
+        except (UserError, OSError) as error:  # Told after the broadcast: the others wait for it.
             problem = error
     if jax.process_count() > 1 and not multihost_utils.broadcast_one_to_all(np.array(problem is None)):
         problem = problem or UserError(f"--workdir={path} cannot be used; process 0 says why.")
