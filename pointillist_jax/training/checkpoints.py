@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +56,21 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, data: Any, meta: dict[str, Any]) -> None:
-        """Writes a checkpoint in the background, unless this step has one. `data` is the training iterator.
+        """Writes a checkpoint in the background. `data` is the training iterator.
 
         Its state goes into JSON, not through Grain's own handler, which ties it to the number of processes.
+
+        Raises:
+          UserError: there is a checkpoint of this step or of a later one.
         """
         step = int(state.step)
-        if step in self.steps:
-            return
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         items |= {"data": ocp.args.JsonSave(data.get_state()), "meta": ocp.args.JsonSave(meta)}
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        if not self._manager.save(step, args=ocp.args.Composite(**items)):
+            raise UserError(
+                f"step {step} is not saved: {self.folder} has a checkpoint of step {self.steps[-1]} already; "
+                "remove what is newer than this run, or give the run a folder of its own."
+            )
 
     def reached_preemption(self, step: int) -> bool:
         """True when the machine's scheduler has announced that it takes this job's machines away."""
@@ -74,23 +80,40 @@ class Checkpoints:
         """Returns when everything is on disk."""
         self._manager.wait_until_finished()
 
-    def restore(self, abstract: TrainState, data: Any) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore(
+        self, abstract: TrainState, data: Any, check: Callable[[dict[str, Any]], None] | None = None
+    ) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint that can be read, or None if there is none; moves `data` to its position.
+
+        Newer ones, which cannot be read, are deleted then: the run makes these steps again and saves them.
 
         Args:
           abstract: ShapeDtypeStructs with shardings, of this run's mesh: it may differ from the one that saved.
           data: the training iterator, of any number of processes.
+          check: is given the checkpoint's meta first, and raises UserError if this run must not go on from it.
 
         Raises:
-          UserError: none of the checkpoints there can be read into this state.
+          UserError: none of the checkpoints there can be read into this state, or what `check` raises.
         """
         problems = []
         for step in reversed(self.steps):
             try:
-                return self._restore(step, abstract, data)
+                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
             except Exception as error:  # Orbax and TensorStore raise many kinds for damaged or missing files.
-                problems.append(f"step {step}: {_reason(error)}")
-                _log.warning("checkpoint %s of %s is skipped: %s", step, self.folder, _reason(error))
+                problems.append(self._skip(step, error))
+                continue
+            if check is not None:
+                check(meta)
+            try:
+                state = self._restore(step, abstract, data)
+            except Exception as error:
+                problems.append(self._skip(step, error))
+                continue
+            # Orbax saves nothing below its newest step, and others load the newest.
+            for newer in [other for other in self.steps if other > step]:
+                self._manager.delete(newer)  # By process 0; the others wait for it.
+                _log.warning("checkpoint %s of %s is deleted: the run goes on from step %s", newer, self.folder, step)
+            return state, meta
         if problems:
             raise UserError(
                 f"none of the {len(problems)} checkpoints in {self.folder} fits this run ({problems[0]}): resume with "
@@ -98,12 +121,15 @@ class Checkpoints:
             )
         return None
 
-    def _restore(self, step: int, abstract: TrainState, data: Any) -> tuple[TrainState, dict[str, Any]]:
+    def _skip(self, step: int, error: Exception) -> str:
+        _log.warning("checkpoint %s of %s is skipped: %s", step, self.folder, _reason(error))
+        return f"step {step}: {_reason(error)}"
+
+    def _restore(self, step: int, abstract: TrainState, data: Any) -> TrainState:
         items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
-        items |= {"data": ocp.args.JsonRestore(), "meta": ocp.args.JsonRestore()}
-        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        found = self._manager.restore(step, args=ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
         data.set_state(found["data"])
-        return TrainState(params=found["params"], ema=found.get("ema"), **found["state"]), found["meta"]
+        return TrainState(params=found["params"], ema=found.get("ema"), **found["state"])
 
 
 def load_params(workdir: str | os.PathLike, step: int | None = None, *, ema: bool = True) -> tuple[Any, dict[str, Any]]:

@@ -67,7 +67,7 @@ def test_the_average_is_resumed_too_and_is_what_others_load(tmp_path):
     assert_same(load_params(tmp_path / "parts")[0], state.ema)
 
 
-def test_a_damaged_newest_checkpoint_is_skipped(whole, tmp_path):
+def test_a_damaged_newest_checkpoint_is_skipped_and_replaced(whole, tmp_path):
     shutil.copytree(whole[0], tmp_path / "run")
     with Checkpoints(tmp_path / "run") as checkpoints:
         assert checkpoints.steps == [4, 8, 12]
@@ -78,6 +78,22 @@ def test_a_damaged_newest_checkpoint_is_skipped(whole, tmp_path):
     state, _ = toy.run(tmp_path / "run")
     assert_same(state, whole[1])
     assert losses(tmp_path / "run") == losses(whole[0])
+    # The damaged ones are replaced, so that others can load what this run has learnt.
+    assert_same(load_params(tmp_path / "run")[0], whole[1].params)
+    assert_same(load_params(tmp_path / "run", 8)[0], load_params(whole[0], 8)[0])
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.steps == [4, 8, 12]
+
+
+def test_steps_between_the_damaged_one_and_the_restored_one_are_saved(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "12" / "params")
+    state, _ = toy.run(tmp_path / "run", dataclasses.replace(toy.CONFIG, steps=10))
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.steps == [4, 8, 10]
+        with pytest.raises(UserError, match="step 10 is not saved"):
+            checkpoints.save(state, toy.make_stream(8), {})
+    assert_same(load_params(tmp_path / "run")[0], state.params)
 
 
 def test_a_checkpoint_of_another_model_does_not_fit(whole, tmp_path, monkeypatch):
