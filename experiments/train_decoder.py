@@ -283,6 +283,7 @@ def train_decoder(
             evaluate=lambda params: evaluation(params, few, strips),
             describe=lambda batch: "subjects " + ", ".join(source.subjects[i] for i in sorted(set(batch["subject"]))),
             bar=bar,
+            flags="config.decoder.train",
         )
     stream.close()
     if stopped is None and (first < run_.steps or not (workdir / "card.json").is_file()):

@@ -69,6 +69,7 @@ def train(
     peak_flops: float | None = None,
     profile: tuple[int, int] | None = None,
     bar: bool = True,
+    flags: str = "config.train",
 ) -> tuple[TrainState, str | None]:
     """Runs steps until `config.steps`, a signal or a divergence.
 
@@ -82,6 +83,7 @@ def train(
       describe: a batch in words, for the message of a divergence ("subjects 3, 17").
       tokens_per_step, flops_per_step, peak_flops: for rates in the log; peak of one device, None if unknown.
       profile: first and last step of a trace, written to `<workdir>/profile`.
+      flags: what the flags that set `config` begin with, for messages.
 
     Returns:
       The last state, and None or the name of the signal that stopped the run early (everything is saved then).
@@ -96,7 +98,7 @@ def train(
         # The one step not yet looked at: asking for it at once would leave the device idle until the next is queued.
         nonlocal pending
         if pending is not None and not bool(pending[1]["finite"]):
-            raise _diverged(pending, checkpoints)
+            raise _diverged(pending, checkpoints, flags)
         pending = None
 
     with _Stop() as stop, MetricLog(workdir, first, config.steps, bar=bar) as log, _Profile(profile, workdir) as trace:
@@ -140,15 +142,15 @@ def train(
     return state, None
 
 
-def _diverged(pending: tuple[int, dict[str, jax.Array], str], checkpoints: Checkpoints) -> TrainingDiverged:
+def _diverged(pending: tuple[int, dict[str, jax.Array], str], checkpoints: Checkpoints, flags: str) -> TrainingDiverged:
     step, metrics, said = pending
     checkpoints.wait()
     good = checkpoints.steps
     where = f"the last good checkpoint is step {good[-1]} in {checkpoints.folder}" if good else "no checkpoint is saved"
     return TrainingDiverged(
         f"step {step}: loss {float(metrics['loss']):.4g} and gradient norm {float(metrics['grad_norm']):.4g} are not "
-        f"both finite{f' ({said})' if said else ''}; {where}: lower --config.train.learning_rate or raise "
-        "--config.train.warmup_steps, or look at that data."
+        f"both finite{f' ({said})' if said else ''}; {where}: lower --{flags}.learning_rate or raise "
+        f"--{flags}.warmup_steps, or look at that data."
     )
 
 

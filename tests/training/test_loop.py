@@ -135,6 +135,8 @@ def test_divergence_names_step_batch_and_checkpoint(whole, tmp_path):
 
     with pytest.raises(TrainingDiverged, match=r"step 7: loss nan.*subjects a, b.*checkpoint is step 4"):
         toy.run(tmp_path, stream=Poisoned(7), describe=describe)
+    with pytest.raises(TrainingDiverged, match=r"lower --config\.decoder\.train\.learning_rate or raise --config\.dec"):
+        toy.run(tmp_path, stream=Poisoned(3), flags="config.decoder.train")
     # What is saved is healthy: the run goes on from there once the data are mended.
     state, _ = toy.run(tmp_path)
     assert_same(state, whole[1])
