@@ -8,10 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 import experiments
-from experiments.common import open_workdir
+from experiments.common import open_shared_workdir, open_workdir
 from pointillist_jax.files import UserError
 
 MADE = ("x", "folder", "missing")
@@ -56,3 +59,26 @@ def test_a_folder_that_holds_something_needs_a_word(tmp_path):
     (tmp_path / "file").write_text("1")
     with pytest.raises(UserError, match="is a file"):
         open_workdir(tmp_path / "file", MADE, resume=False, overwrite=True)
+
+
+@pytest.mark.parametrize("problem", [PermissionError(13, "Permission denied", "there"), UserError("not empty")])
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_folder_that_cannot_be_used_ends_all_processes(tmp_path, monkeypatch, problem, process):
+    told = []
+
+    def refuse(*_, **__):
+        raise problem
+
+    def broadcast(value):
+        told.append(bool(value))
+        return np.array(False)  # What process 0 says.
+
+    monkeypatch.setattr(experiments.common, "open_workdir", refuse)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", broadcast)
+    expected, message = (type(problem), str(problem.args[-1])) if process == 0 else (UserError, "process 0 says why")
+    with pytest.raises(expected, match=message):
+        open_shared_workdir(tmp_path, MADE, resume=False, overwrite=False)
+    assert len(told) == 1  # Before it ends: the other waits for it.
+    assert told[0] == (process != 0)
