@@ -81,8 +81,11 @@ def main() -> None:
     if stopped:
         print(f"\nstopped by {stopped} at step {int(state.step)}; everything is saved: go on with --resume.")
         return
-    summary = summarize(workdir, store, config, held_out)
-    print_summary(summary)
+    if not read_metrics(workdir):
+        print(f"\n{workdir} is trained to its last step, but its metrics.jsonl is gone: card.json and curve.png "
+              "are left as they are.")  # fmt: skip
+        return
+    print_summary(summarize(workdir, store, config, held_out))
     print(f"\ndone in {time.perf_counter() - start:.0f} s; everything lies in {workdir}/:")
     print("  checkpoints/<step>/  params (for generation), state (for --resume)")
     print("  metrics.jsonl        one line per logged step; tensorboard/ shows the same")
