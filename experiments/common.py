@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
+from pointillist_jax.configs import Config
 from pointillist_jax.files import UserError
 
 
@@ -135,6 +136,24 @@ def open_shared_workdir(path: str | os.PathLike, made: Sequence[str], *, resume:
     if problem is not None:
         raise problem
     return Path(path)
+
+
+def resume_check(config: Config, part: str, workdir: Path) -> Callable[[Mapping[str, Any]], None]:
+    """For `Checkpoints.restore`: refuses a checkpoint of another model, prints changed training settings in a line.
+
+    Args:
+      part: as of `training.same_model.check_same_model`.
+    """
+    import jax
+
+    from pointillist_jax.training.same_model import check_same_model
+
+    def check(meta: Mapping[str, Any]) -> None:
+        changes = check_same_model(meta, config, part, str(workdir))
+        if changes and jax.process_index() == 0:
+            print(f"going on with other settings: {changes}", flush=True)
+
+    return check
 
 
 def json_line(name: str, figures: Mapping[str, Any]) -> None:

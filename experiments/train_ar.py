@@ -28,7 +28,7 @@ import jax
 from absl import flags
 
 from experiments.charts import line_chart
-from experiments.common import open_shared_workdir, run
+from experiments.common import open_shared_workdir, resume_check, run
 from experiments.config_flags import define_config
 from experiments.heads import named_head
 from experiments.media import write_image
@@ -107,7 +107,8 @@ def train_ar(
     """Trains, or goes on with what lies in `workdir`. Returns the state, what stopped it early, held-out subjects.
 
     Raises:
-      UserError: frozen encoders without stored features, and what `training.loop.train` refuses.
+      UserError: frozen encoders without stored features, a checkpoint of another model in `workdir`, and what
+        `training.loop.train` refuses.
     """
     model, data, settings = config.model, config.data, config.train
     devices = make_mesh(mesh)
@@ -158,7 +159,8 @@ def train_ar(
     peak = device_peak(jax.devices()[0].device_kind)
     with Checkpoints(workdir, settings.keep) as checkpoints:
         key = jax.random.PRNGKey(seed)
-        state = resume_or_init(checkpoints, init, optimizer, settings, key, devices, stream)
+        check = resume_check(config, "model", workdir)
+        state, _ = resume_or_init(checkpoints, init, optimizer, settings, key, devices, stream, check)
         state, stopped = train(
             state,
             jit_step(step, state),

@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 
 from experiments.charts import line_chart
-from experiments.common import open_shared_workdir, run
+from experiments.common import open_shared_workdir, resume_check, run
 from experiments.config_flags import define_config
 from experiments.heads import named_head
 from experiments.media import write_image
@@ -44,9 +44,9 @@ from pointillist_jax.flame import FlameModel
 from pointillist_jax.sharding import batch_share, make_mesh, start_processes
 from pointillist_jax.training import decoder
 from pointillist_jax.training.checkpoints import Checkpoints
-from pointillist_jax.training.loop import train
+from pointillist_jax.training.loop import resume_or_init, train
 from pointillist_jax.training.metric_log import read_metrics
-from pointillist_jax.training.state import TrainState, abstract_state, init_state, make_optimizer, make_schedule
+from pointillist_jax.training.state import TrainState, make_optimizer, make_schedule
 
 FEATURES = flags.DEFINE_string("features", None, "Point features (experiments.extract_features).")
 CAPTURES = flags.DEFINE_string("captures", None, "Folder of captures of the same subjects.")
@@ -248,18 +248,21 @@ def train_decoder(
         "seed": seed,
         "capacity": decoder.first_capacity(shared["max_points"], width, height),
     }
+    same_model = resume_check(config, "decoder", workdir)
+
+    def check(saved: dict[str, Any]) -> None:
+        if saved["features"] != json.loads(json.dumps(meta["features"])):
+            raise UserError(
+                f"{workdir} was trained on other features than {data.features.path} (another AR checkpoint, store "
+                "or sampling); give it those, or start anew with --overwrite."
+            )
+        same_model(saved)
+
     with Checkpoints(workdir, run_.keep) as checkpoints:
         key = jax.random.PRNGKey(seed)
-        restored = checkpoints.restore(abstract_state(init, optimizer, run_, key, devices)[0], stream)
-        if restored is None:
-            state = init_state(init, optimizer, run_, key, devices)[0]
-        else:
-            state, meta["capacity"] = restored[0], int(restored[1]["capacity"])
-            if restored[1]["features"] != json.loads(json.dumps(meta["features"])):
-                raise UserError(
-                    f"{workdir} was trained on other features than {data.features.path} (another AR checkpoint, store "
-                    "or sampling); give it those, or start anew with --overwrite."
-                )
+        state, saved = resume_or_init(checkpoints, init, optimizer, run_, key, devices, stream, check)
+        if saved is not None:
+            meta["capacity"] = int(saved["capacity"])
             if not jax.process_index():
                 print(f"going on from step {int(state.step)}", flush=True)
         step = decoder.GrowingStep(

@@ -2,7 +2,8 @@
 
 Resume order, which `resume_or_init` and `train` keep:
   1. abstract state with this run's shardings, and a fresh data iterator;
-  2. the newest checkpoint that can be read goes into both; else a new state is initialised on the mesh;
+  2. the newest checkpoint that can be read goes into both, unless its meta is refused (`same_model`); without any, a
+     new state is initialised on the mesh;
   3. metric lines after that step are dropped; the loop goes on with the next batch.
 On the same mesh the continued run equals the uninterrupted one bit for bit.
 """
@@ -44,11 +45,15 @@ def resume_or_init(
     key: Key,
     mesh: Mesh,
     stream: Iterator,
-) -> TrainState:
-    """The state to go on from: of the newest readable checkpoint, or new. Moves `stream` to the state's position."""
+    check: Callable[[dict[str, Any]], None] | None = None,
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """The state to go on from, and the meta it was saved with: of the newest readable checkpoint, or new and None.
+
+    Moves `stream` to the state's position. `check`: as of `Checkpoints.restore`; it refuses a checkpoint by its meta.
+    """
     abstract, _ = abstract_state(init_params, optimizer, config, key, mesh)
-    restored = checkpoints.restore(abstract, stream)
-    return init_state(init_params, optimizer, config, key, mesh)[0] if restored is None else restored[0]
+    restored = checkpoints.restore(abstract, stream, check)
+    return (init_state(init_params, optimizer, config, key, mesh)[0], None) if restored is None else restored
 
 
 def train(

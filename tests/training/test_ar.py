@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import signal
@@ -116,6 +117,25 @@ def test_divergence_ends_in_one_sentence_and_the_profile_is_written(people, cach
     assert re.search(r"error: step ([23]): loss .* not both finite \(subjects p\d.*the last good checkpoint is", said)
     # The trace that the divergence cut short is on disk.
     assert any(path.stat().st_size for path in (tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_resume_refuses_another_model_and_says_what_it_trains_differently(people, cache, tmp_path):
+    config = changed(steps=1)
+    finish(start(command(people, tmp_path, config), cache))
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, rope_theta=50.0))
+    process = start(command(people, tmp_path, other), cache)
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 2, said
+    assert "Traceback" not in said
+    assert "model.rope_theta=1000000.0 (now 50.0): resume with --config.model.rope_theta=1000000.0" in said
+
+    # A finished run whose metrics are gone is still one.
+    (tmp_path / "metrics.jsonl").unlink()
+    card = (tmp_path / "card.json").read_bytes()
+    said = finish(start(command(people, tmp_path, changed(config, learning_rate=1e-3)), cache))
+    assert "going on with other settings: train.learning_rate 0.005 → 0.001\n" in said
+    assert "metrics.jsonl is gone" in said
+    assert (tmp_path / "card.json").read_bytes() == card
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,8 +18,9 @@ import pytest
 from pointillist_jax.data.subject_views import FeatureClouds, SubjectViews, TemplateClouds, subject_batches
 from pointillist_jax.files import UserError
 from pointillist_jax.flame import flame_vertices
-from pointillist_jax.training.checkpoints import load_params
+from pointillist_jax.training.checkpoints import Checkpoints, load_params
 from pointillist_jax.training.metric_log import read_metrics
+from pointillist_jax.training.state import TrainState
 from tests.training.decoder_scene import CONFIG, open_people, write_people
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +113,23 @@ def run_program(*arguments, devices: int = 1, wait: bool = True):
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 0, said[-3000:]
     return said
+
+
+def test_resume_refuses_another_decoder(people, opened, tmp_path):
+    """A checkpoint of another decoder of equal shapes; only its meta is read."""
+    features = opened[1].spec
+    decoder = CONFIG.decoder.for_features(features.store.tokenizer, features.width)
+    other = dataclasses.replace(CONFIG, decoder=dataclasses.replace(decoder, max_offset=0.25))
+    state = TrainState(np.int32(5), {"w": np.zeros(2)}, (), None, jax.random.PRNGKey(0))
+    meta = {"config": dataclasses.asdict(other), "features": features.to_json(), "capacity": 64}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, SimpleNamespace(get_state=dict), meta)
+    process = run_program("train", people, tmp_path, 6, wait=False)
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode != 0, said
+    assert "UserError" in said
+    assert "decoder.max_offset=0.25 (now 0.1): resume with --config.decoder.max_offset=0.25, or" in said
+    assert "going on with" not in said
 
 
 @pytest.mark.slow

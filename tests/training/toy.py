@@ -73,7 +73,7 @@ def run(workdir: Path, config: TrainConfig = CONFIG, mesh: str = "", stream=None
     mesh, key = make_mesh(mesh), jax.random.PRNGKey(0)
     stream = make_stream(config.batch_size) if stream is None else stream
     with Checkpoints(workdir, config.keep) as checkpoints:
-        state = resume_or_init(checkpoints, init_params, make_optimizer(config), config, key, mesh, stream)
+        state, _ = resume_or_init(checkpoints, init_params, make_optimizer(config), config, key, mesh, stream)
         return train(
             state,
             make_step(dataclasses.replace(config, steps=CONFIG.steps)),  # One program for runs of any length.
