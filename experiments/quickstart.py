@@ -81,7 +81,7 @@ def main() -> None:
     train_transformer(workdir, smoke)
     unseen = read_json(workdir / "ar" / "card.json", "the card of a training")["held_out"][0]
     # Unlikely tokens are cut off: after minutes of training they lead astray, and a cloud takes thousands of draws.
-    drawing = ("--top_p=0.9", f"--max_points={32 if smoke else 8000}")
+    drawing = ("--top_p=0.9", "--temperature=0.7", f"--max_points={32 if smoke else 8000}")
     begin(6, f"the cloud of {unseen}, whom it never saw, from the portrait")
     script("generate", f"--ar={workdir}/ar", f"--store={workdir}/tokens", f"--subjects={unseen}",
            f"--workdir={workdir}/clouds", *drawing, "--overwrite")  # fmt: skip
