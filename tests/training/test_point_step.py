@@ -22,6 +22,7 @@ def test_train_ar_with_point_steps(tmp_path):
         train=dataclasses.replace(CONFIG.train, steps=20, learning_rate=1e-2, eval_every=0),
         data=dataclasses.replace(CONFIG.data, held_out=2),
     )
+    ar_runs.write_features(store, config, "random")
     said = ar_runs.finish(ar_runs.start(ar_runs.command(store.path, tmp_path / "ar", config), tmp_path / "cache"))
     assert "held-out subjects (2), nats per token after 20 steps" in said
     lines = [line for line in read_metrics(tmp_path / "ar") if "loss" in line]
