@@ -266,7 +266,7 @@ class ModelConfig:
     coord_tables: str = "fourier_tied"
     loss_support: str = "slot"
     attention: str = "auto"
-    attention_block: int = 256
+    attention_block: int = 512
     scan_layers: bool = False
     remat: str = "none"
     dtype: str = "float32"
@@ -358,7 +358,7 @@ class DecoderConfig:
     initial_opacity: float = 0.1
     initial_log_scale: float = -5.0
     attention: str = "auto"
-    attention_block: int = 256
+    attention_block: int = 512
     remat: str = "none"
     dtype: str = "float32"
     views: int = 4

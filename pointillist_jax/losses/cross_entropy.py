@@ -158,17 +158,18 @@ def _forward(hidden, labels, table, num_classes, z_loss, chunks):
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
 
     def chunk(carry, xs):
-        total, d_table = carry
+        total, d_table_t = carry
         loss, nll, correct, d_logits = _chunk_loss(*xs, table, num_classes, z_loss)
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("BTV,VD->BTD", d_logits, table.astype(hidden.dtype))
-        d_table += jnp.einsum("BTV,BTD->VD", d_logits, xs[0], preferred_element_type=dtype)
-        return (total + loss, d_table), (nll, correct, d_hidden)
+        # Transposed: XLA's CPU back end would otherwise transpose the logits, not the narrow hidden states.
+        d_table_t += jnp.einsum("BTD,BTV->DV", xs[0], d_logits, preferred_element_type=dtype)
+        return (total + loss, d_table_t), (nll, correct, d_hidden)
 
-    start = jnp.zeros((), dtype), jnp.zeros(table.shape, dtype)
+    start = jnp.zeros((), dtype), jnp.zeros(table.shape[::-1], dtype)
     xs = _split(hidden, chunks), _split(labels, chunks)
-    (total, d_table), (nll, correct, d_hidden) = lax.scan(chunk, start, xs)
-    return (total, _join(nll), _join(correct)), (_join(d_hidden), d_table, jnp.zeros((), table.dtype))
+    (total, d_table_t), (nll, correct, d_hidden) = lax.scan(chunk, start, xs)
+    return (total, _join(nll), _join(correct)), (_join(d_hidden), d_table_t.T, jnp.zeros((), table.dtype))
 
 
 def _backward(num_classes, z_loss, chunks, residuals, cotangents):

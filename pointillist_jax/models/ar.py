@@ -32,6 +32,7 @@ from pointillist_jax.models.layers import (
     matrix,
     ones,
     product,
+    products,
     rms_norm,
     rope_angles,
     rotate,
@@ -225,15 +226,15 @@ def decoder_layer(
     def cross(x):
         with jax.named_scope("cross_attention"):
             p = layer["cross_attention"]
-            q = _query(p, rms_norm(x, p["norm"]))
+            (q,) = _heads(p, rms_norm(x, p["norm"]), "query")
             return x + _project_out(p, attend_cross(q, *context_kv))
 
     def own(x):
         with jax.named_scope("self_attention"):
             p = layer["self_attention"]
             y = rms_norm(x, p["norm"])
-            k, v = _key_value(p, y)
-            out, extra = attend_self(rotate(_query(p, y), angles), rotate(k, angles), v)
+            q, k, v = _heads(p, y, "query", "key", "value")
+            out, extra = attend_self(rotate(q, angles), rotate(k, angles), v)
             return x + _project_out(p, out), extra
 
     if config.order == "cross_first":
@@ -253,7 +254,7 @@ def cross_keys_values(layer: Params, config: ModelConfig, context: Float[Array, 
     """Keys and values [B,S,K,H] of one layer's cross-attention; `context` has passed `norm_context`."""
     del config
     with jax.named_scope("context_kv"):
-        return _key_value(layer["cross_attention"], context)
+        return tuple(_heads(layer["cross_attention"], context, "key", "value"))
 
 
 def norm_context(params: Params, config: ModelConfig, context: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
@@ -346,18 +347,12 @@ def _fourier_features(bins: int) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
-def _query(p: Params, y):
-    q = _heads(y, p["query"])
-    return rms_norm(q, p["query_norm"]) if "query_norm" in p else q
-
-
-def _key_value(p: Params, y):
-    k, v = (_heads(y, p[name]) for name in ("key", "value"))
-    return (rms_norm(k, p["key_norm"]) if "key_norm" in p else k), v
-
-
-def _heads(y, w):
-    return product(y, w.reshape(w.shape[0], -1)).reshape(*y.shape[:-1], *w.shape[1:])
+def _heads(p: Params, y: Float[Array, "B T D"], *names: str) -> list[Array]:
+    """Queries, keys or values [B,T,heads,H] of `y`, as named, normed where the model norms them."""
+    flat = products(y, *(p[name].reshape(p[name].shape[0], -1) for name in names))
+    heads = [x.reshape(*y.shape[:-1], *p[name].shape[1:]) for x, name in zip(flat, names, strict=True)]
+    norms = [p.get(f"{name}_norm") for name in names]
+    return [x if norm is None else rms_norm(x, norm) for x, norm in zip(heads, norms, strict=True)]
 
 
 def _project_out(p: Params, out):
@@ -369,7 +364,8 @@ def mlp(p: Params, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
     with jax.named_scope("mlp"):
         y = rms_norm(x, p["norm"])
         if "gate" in p:
-            return product(jax.nn.gelu(product(y, p["gate"])) * product(y, p["up"]), p["down"])
+            gate, up = products(y, p["gate"], p["up"])
+            return product(jax.nn.gelu(gate) * up, p["down"])
         return product(jax.nn.gelu(product(y, p["up"])), p["down"])
 
 

@@ -8,6 +8,7 @@ Letters: B batch, T queries, S keys, N heads, K kv heads, R = N / K query heads 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,7 +23,11 @@ from pointillist_jax.files import UserError
 IMPLEMENTATIONS = ("auto", "cudnn", "chunked", "xla")
 # Names that remat policies save: the output of an attention, and its log-sum-exp, spare its recomputation.
 OUTPUT_NAME, LSE_NAME = "attention_output", "attention_lse"
-_MASKED = -1e30  # Finite: exp(-inf - (-inf)) would be NaN in a row whose first tile is masked out.
+# Finite: exp(-inf - (-inf)) would be NaN. The running maximum starts between the two, so that the weight of what is
+# masked, exp(_MASKED - maximum), is 0 also in a row that has seen no key yet.
+_MASKED, _LOWEST = -1e30, -5e29
+# As many tiles are written out rather than looped over, which spares slices, copies and writes into larger arrays.
+_WRITTEN_OUT = 4
 
 
 def attention(
@@ -34,7 +39,7 @@ def attention(
     window: int | None = None,
     kv_lengths: Int[Array, "B"] | None = None,
     implementation: str = "auto",
-    block_size: int = 256,
+    block_size: int = 512,
 ) -> Float[Array, "B T N H"]:
     """softmax(q·k / √H) v, in the dtype of `q`, with scores and softmax in float32 (float64 for float64 inputs).
 
@@ -45,7 +50,8 @@ def attention(
       kv_lengths: keys at or beyond it are padding; a sequence of length 0 gives zeros.
       implementation: "cudnn" (bf16 or f16 on a CUDA device), "chunked", "xla", or "auto": cudnn where it can run,
         else chunked.
-      block_size: rows and columns of a tile of `chunked`; 256 squared floats stay in a CPU core's cache.
+      block_size: rows and columns of a tile of `chunked`: large enough to keep several CPU cores busy, small enough
+        for their caches (measured in experiments/LOG.md).
 
     Raises:
       UserError: shapes that do not fit, an unknown implementation.
@@ -126,7 +132,10 @@ def _dense(q, k, v, causal, window, kv_lengths):
 
 
 class _Plan(NamedTuple):
-    """Which tiles of the T×S score matrix are computed; static. `pairs`: (query block, key block), row by row."""
+    """Which tiles of the T×S score matrix are computed, as (query block, key block), row by row; static.
+
+    `whole`: those of which a query sees every key (but for padding). `cut`: those that need a mask.
+    """
 
     queries: int
     keys: int
@@ -134,21 +143,49 @@ class _Plan(NamedTuple):
     block_k: int
     causal: bool
     window: int | None
-    pairs: tuple[tuple[int, int], ...]
+    whole: tuple[tuple[int, int], ...]
+    cut: tuple[tuple[int, int], ...]
 
     @classmethod
     @functools.cache
     def make(cls, queries: int, keys: int, causal: bool, window: int | None, block_size: int) -> _Plan:
-        block_q, block_k = _even_block(queries, block_size), _even_block(keys, block_size)
-        pairs = []
+        block_k = _even_block(keys, block_size)
+        # Few keys (a condition): as many more queries.
+        block_q = _even_block(queries, block_size * max(block_size // block_k, 1))
+        whole, cut = [], []
         for i in range(-(-queries // block_q)):
-            first, last = i * block_q, min((i + 1) * block_q, queries) - 1
+            first, last = i * block_q, (i + 1) * block_q - 1
             for j in range(-(-keys // block_k)):
-                after = causal and j * block_k > last
-                before = window is not None and (j + 1) * block_k - 1 <= first - window
-                if not (after or before):
-                    pairs.append((i, j))
-        return cls(queries, keys, block_q, block_k, causal, window, tuple(pairs))
+                first_key, last_key = j * block_k, (j + 1) * block_k - 1
+                after = causal and first_key > min(last, queries - 1)
+                before = window is not None and last_key <= first - window
+                if after or before:
+                    continue
+                seen = last_key < keys and not (causal and last_key > first)
+                seen = seen and not (window is not None and first_key <= last - window)
+                (whole if seen else cut).append((i, j))
+        return cls(queries, keys, block_q, block_k, causal, window, tuple(whole), tuple(cut))
+
+    def scan(self, tile: Callable, carry: tuple[Array, ...], padded: bool) -> tuple[Array, ...]:
+        """`tile(carry, (i, j), masked)` over all tiles, masked where they need it; `padded`: all do.
+
+        Arrays of `carry` are stacked along blocks. When tiles are few they are written out, on lists of blocks.
+        """
+        if self.written_out:
+            lists = tuple(list(x) for x in carry)
+            for masked, pairs in ((padded, self.whole), (True, self.cut)):
+                for pair in pairs:
+                    lists = tile(lists, pair, masked=masked)
+            return tuple(jnp.stack(x) for x in lists)
+        for masked, pairs in ((padded, self.whole), (True, self.cut)):
+            if pairs:
+                step = lambda carry, pair, masked=masked: (tile(carry, pair, masked=masked), None)  # noqa: E731
+                carry, _ = lax.scan(step, carry, tuple(np.array(pairs, np.int32).T))
+        return carry
+
+    @property
+    def written_out(self) -> bool:
+        return len(self.whole) + len(self.cut) <= _WRITTEN_OUT
 
     def mask(self, i, j, per_kv_head: int, kv_lengths) -> Array:
         """[B or 1, 1, R·block_q, block_k] of block (i, j): which keys a query sees."""
@@ -168,6 +205,8 @@ class _Plan(NamedTuple):
 def _even_block(length: int, block_size: int) -> int:
     """About `block_size`, chosen so that padding the length to whole blocks wastes little."""
     number = max(round(length / block_size), 1)
+    if number == 1:
+        return length
     return -(-length // (8 * number)) * 8
 
 
@@ -182,72 +221,73 @@ def _chunked(q, k, v, kv_lengths, plan: _Plan):
 
 def _chunked_forward(q, k, v, kv_lengths, plan: _Plan):
     per_kv_head, dtype, scale = q.shape[2] // k.shape[2], _accumulator(q.dtype), q.shape[3] ** -0.5
-    q_tiles, k_tiles, v_tiles = _split(q, k, v, plan)
+    q_tiles, k_tiles, v_tiles = _query_tiles(q, plan, k.shape[2]), _key_tiles(k, plan), _key_tiles(v, plan)
     keys_t = jnp.swapaxes(k_tiles, -1, -2)
 
-    def tile(carry, pair):
+    def tile(carry, pair, masked):
         out, top, total = carry
         i, j = pair
         scores = jnp.matmul(q_tiles[i], keys_t[j], preferred_element_type=dtype)
-        mask = plan.mask(i, j, per_kv_head, kv_lengths)
-        scores = jnp.where(mask, scores * scale, _MASKED)
-        old_top, old_total, old_out = top[i], total[i], out[i]
+        if masked:
+            scores = jnp.where(plan.mask(i, j, per_kv_head, kv_lengths), scores, _MASKED)
+        old_top = top[i]
         new_top = jnp.maximum(old_top, scores.max(-1, keepdims=True))
-        weights = jnp.where(mask, jnp.exp(scores - new_top), 0)
-        shrink = jnp.exp(old_top - new_top)
+        weights = jnp.exp((scores - new_top) * scale)
+        shrink = jnp.exp((old_top - new_top) * scale)
         product = jnp.matmul(weights.astype(v.dtype), v_tiles[j], preferred_element_type=dtype)
-        out = out.at[i].set(old_out * shrink + product)
-        total = total.at[i].set(old_total * shrink + weights.sum(-1, keepdims=True))
-        return (out, top.at[i].set(new_top), total), None
+        total = _put(total, i, total[i] * shrink + weights.sum(-1, keepdims=True))
+        return _put(out, i, out[i] * shrink + product), _put(top, i, new_top), total
 
     rows = (*q_tiles.shape[:-1], 1)
-    start = jnp.zeros(q_tiles.shape, dtype), jnp.full(rows, _MASKED, dtype), jnp.zeros(rows, dtype)
-    (out, top, total), _ = lax.scan(tile, start, _pairs(plan))
+    start = jnp.zeros(q_tiles.shape, dtype), jnp.full(rows, _LOWEST, dtype), jnp.zeros(rows, dtype)
+    out, top, total = plan.scan(tile, start, padded=kv_lengths is not None)
     total = jnp.where(total > 0, total, 1)  # No key at all: zeros, and no NaN in the gradient.
     out = checkpoint_name(_merge(out / total, q.shape, plan).astype(q.dtype), OUTPUT_NAME)
-    lse = checkpoint_name(top + jnp.log(total), LSE_NAME)
-    return out, (q, k, v, kv_lengths, out, lse)
+    lse = checkpoint_name(top * scale + jnp.log(total), LSE_NAME)
+    return out, (q_tiles, k_tiles, v_tiles, kv_lengths, out, lse)
 
 
 def _chunked_backward(plan: _Plan, residuals, out_bar):
-    q, k, v, kv_lengths, out, lse = residuals
-    per_kv_head, dtype, scale = q.shape[2] // k.shape[2], _accumulator(q.dtype), q.shape[3] ** -0.5
-    q_tiles, k_tiles, v_tiles = _split(q, k, v, plan)
-    g_tiles = _query_tiles(out_bar.astype(q.dtype), plan, k.shape[2])
+    q_tiles, k_tiles, v_tiles, kv_lengths, out, lse = residuals
+    (batch, _, heads, head_dim), kv_heads = out.shape, k_tiles.shape[2]
+    key_shape = batch, plan.keys, kv_heads, head_dim
+    per_kv_head, dtype, scale = heads // kv_heads, _accumulator(out.dtype), head_dim**-0.5
+    g_tiles = _query_tiles(out_bar.astype(out.dtype), plan, kv_heads)
     delta = (out_bar.astype(dtype) * out.astype(dtype)).sum(-1, keepdims=True)
     q_t, g_t, k_t, lse_t, delta_t = (
-        jnp.swapaxes(x, -1, -2) for x in (q_tiles, g_tiles, k_tiles, lse, _query_tiles(delta, plan, k.shape[2]))
+        jnp.swapaxes(x, -1, -2) for x in (q_tiles, g_tiles, k_tiles, lse, _query_tiles(delta, plan, kv_heads))
     )
 
-    def tile(carry, pair):
+    def tile(carry, pair, masked):
         dq_t, dk, dv = carry
         i, j = pair
         scores = jnp.matmul(k_tiles[j], q_t[i], preferred_element_type=dtype)
-        mask = jnp.swapaxes(plan.mask(i, j, per_kv_head, kv_lengths), -1, -2)
-        weights = jnp.where(mask, jnp.exp(scores * scale - lse_t[i]), 0)
+        if masked:
+            mask = jnp.swapaxes(plan.mask(i, j, per_kv_head, kv_lengths), -1, -2)
+            scores = jnp.where(mask, scores, _MASKED)
+        weights = jnp.exp(scores * scale - lse_t[i])
         d_weights = jnp.matmul(v_tiles[j], g_t[i], preferred_element_type=dtype)
-        d_scores = (weights * (d_weights - delta_t[i])).astype(q.dtype)
-        dv = dv.at[j].add(jnp.matmul(weights.astype(v.dtype), g_tiles[i], preferred_element_type=dtype))
-        dk = dk.at[j].add(jnp.matmul(d_scores, q_tiles[i], preferred_element_type=dtype))
-        dq_t = dq_t.at[i].add(jnp.matmul(k_t[j], d_scores, preferred_element_type=dtype))
-        return (dq_t, dk, dv), None
+        d_scores = (weights * (d_weights - delta_t[i])).astype(out.dtype)
+        dv = _put(dv, j, dv[j] + jnp.matmul(weights.astype(v_tiles.dtype), g_tiles[i], preferred_element_type=dtype))
+        dk = _put(dk, j, dk[j] + jnp.matmul(d_scores, q_tiles[i], preferred_element_type=dtype))
+        dq_t = _put(dq_t, i, dq_t[i] + jnp.matmul(k_t[j], d_scores, preferred_element_type=dtype))
+        return dq_t, dk, dv
 
     start = jnp.zeros(q_t.shape, dtype), jnp.zeros(k_tiles.shape, dtype), jnp.zeros(v_tiles.shape, dtype)
-    (dq_t, dk, dv), _ = lax.scan(tile, start, _pairs(plan))
-    dq = _merge(jnp.swapaxes(dq_t, -1, -2), q.shape, plan) * scale
-    dk, dv = _merge_keys(dk, k.shape) * scale, _merge_keys(dv, k.shape)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    dq_t, dk, dv = plan.scan(tile, start, padded=kv_lengths is not None)
+    dq = _merge(jnp.swapaxes(dq_t, -1, -2), out.shape, plan) * scale
+    dk, dv = _merge_keys(dk, key_shape) * scale, _merge_keys(dv, key_shape)
+    return dq.astype(out.dtype), dk.astype(k_tiles.dtype), dv.astype(v_tiles.dtype), None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _pairs(plan: _Plan):
-    return tuple(np.array(plan.pairs, np.int32).T)
-
-
-def _split(q, k, v, plan: _Plan):
-    return _query_tiles(q, plan, k.shape[2]), _key_tiles(k, plan), _key_tiles(v, plan)
+def _put(x, i, value):
+    """x, an array or a list, with x[i] = value: without the check of bounds that `x.at[i].set` compiles to."""
+    if isinstance(x, list):
+        return [*x[:i], value, *x[i + 1 :]]
+    return lax.dynamic_update_index_in_dim(x, value, i, 0)
 
 
 def _query_tiles(x, plan: _Plan, kv_heads: int):

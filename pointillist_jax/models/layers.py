@@ -219,6 +219,17 @@ def _product_backward(residuals, y_bar):
 product.defvjp(_product_forward, _product_backward)
 
 
+def products(x: Float[Array, "*b I"], *weights: Float[Array, "I _"]) -> list[Float[Array, "*b _"]]:
+    """x · w of each weight, as one product: fewer and larger ones keep more cores busy.
+
+    Over several devices they stay apart, since weights laid side by side would have to be moved between them.
+    """
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return [product(x, w) for w in weights]
+    ends = np.cumsum([w.shape[1] for w in weights])
+    return jnp.split(product(x, jnp.concatenate(weights, axis=1)), ends[:-1], axis=-1)
+
+
 def rotate(x: Float[Array, "*b T N H"], angles: tuple[Array, Array]) -> Float[Array, "*b T N H"]:
     """Rotates the pairs (x_i, x_{i+H/2}) of each head.
 

@@ -5,6 +5,7 @@ Parameters may carry Linen's axis names (boxes) while they are abstract; a live 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -166,7 +167,22 @@ def jit_step(step: Callable[..., tuple[TrainState, Any]], state: TrainState, **o
     anew for it.
     """
     layout = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None), **options)
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=(layout, None), compiler_options=_concurrent_scheduler(), **options
+    )
+
+
+@functools.cache
+def _concurrent_scheduler() -> dict[str, bool] | None:
+    """XLA's CPU option to order a program for parallel execution rather than least memory: 4 % of a step."""
+    options = {"xla_cpu_enable_concurrency_optimized_scheduler": True}
+    if jax.default_backend() != "cpu":
+        return None
+    try:
+        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return None  # Another jaxlib, without the option.
+    return options
 
 
 def _norm(tree) -> Array:
