@@ -2,54 +2,72 @@
 
 What a careful author writes without a compiler: queries, keys and values (and gate and up) as one product each, tables
 and cross-attention keys computed once, a preallocated ring of one window per layer, SDPA on its filled part, logits of
-the slot's classes only, the grammar as a mask, no copy to the host inside the loop.
+the slot's classes only, the grammar as a mask, no copy to the host inside the loop (`generate` looks once per chunk).
 
-Letters: B batch, D width, K kv heads, H head dim, S context, W window, C classes of a slot.
+Letters: B batch, D width, Q points, K kv heads, H head dim, S context, W window, C classes of a slot.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from experiments.torch_reference.point_transformer import EPS, PointTransformer
+from experiments.torch_reference.layers import gelu, rotary_angles, rotary_frequencies, rotate
+from experiments.torch_reference.point_transformer import Layer, PointTransformer
+from experiments.torch_reference.settings import wide, working_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Filters:
+    """What is left of a distribution before a class is drawn (DESIGN §6).
+
+    Attributes:
+      temperature: 0 takes the likeliest class.
+      top_k: classes at least as likely as the k-th likeliest; 0 is off.
+      top_p: the likeliest classes that have this much probability together, and those as likely as the last; 1 is off.
+      constrain: whether the grammar masks.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    constrain: bool = True
 
 
 class Decoder:
     """One batch of rows, all of the same age."""
 
-    def __init__(self, model: PointTransformer, context: Tensor):
-        config, ids = model.config, model.config.tokenizer
-        self.config, self.batch = config, len(context)
-        self.norm = model.final_norm.weight
-        coords, classes = model.coordinate_tables(), model._classes()
-        self.outputs = [torch.cat([coords[0], classes[ids.eos, None]]), *coords[1:], classes[ids.bins : ids.bos]]
-        inputs = coords if config.coord_tables == "fourier_tied" else [model.embedding[: ids.bins]] * 3
-        inputs = [
-            torch.cat([inputs[0], model.embedding[ids.eos, None]]),
-            *inputs[1:],
-            model.embedding[ids.bins : ids.bos],
-        ]
-        starts = [model.embedding[ids.bos]] * 4
-        slots = model.slot_embedding if config.slot_embedding else [0] * 4
-        self.inputs = [(x * config.width**0.5 + slot).to(context.dtype) for x, slot in zip(inputs, slots, strict=True)]
-        self.starts = [(x * config.width**0.5 + slot).to(context.dtype) for x, slot in zip(starts, slots, strict=True)]
-        frequencies = torch.arange(0, config.head_dim, 2, device=context.device) / config.head_dim
-        self.frequencies = (config.rope_theta**-frequencies).float()
-        self.layers = [_Layer(layer, config, model.context_norm(context)) for layer in model.layers]
-        self.bins = torch.arange(ids.bins, device=context.device)
-        self.faces = torch.arange(ids.num_faces, device=context.device)
-        self.x_classes = torch.arange(ids.bins + 1, device=context.device)
+    def __init__(self, model: PointTransformer, context: Tensor, context_lengths: Tensor | None = None):
+        """`context` [B, S, D], of which `context_lengths` [B] are real (all by default)."""
+        config, self.ids = model.config, model.ids
+        self.config, self.batch, self.dtype = config, len(context), working_dtype(config)
+        device, ids = context.device, self.ids
+        self.norm = model.final_norm
+        self.outputs = [classifier.rows for classifier in model.classifiers("slot")]
+        coordinates = torch.arange(ids.bins, device=device)
+        eos, faces = torch.tensor([ids.eos], device=device), torch.arange(ids.bins, ids.bos, device=device)
+        values = [torch.cat([coordinates, eos]), coordinates, coordinates, faces]
+        self.inputs = [model.embed(ids_, torch.full_like(ids_, slot)) for slot, ids_ in enumerate(values)]
+        self.frequencies = rotary_frequencies(config.head_dim, config.rope_theta, wide(self.dtype), device)
+        slots = torch.arange(4, device=device)
+        self.starts = model.embed(torch.full_like(slots, ids.bos), slots)
+        valid = None
+        if context_lengths is not None:
+            valid = (torch.arange(context.shape[1], device=device) < context_lengths[:, None])[:, None, None]
+        context = model.context_norm(context.to(self.dtype))
+        self.layers = [_Layer(layer, config, context, valid) for layer in model.layers]
+        self.classes = [torch.arange(count, device=device) for count in ids.class_counts]
 
     def token(self, x: Tensor, position: int) -> Tensor:
         """Embedding [B, D] of the token at `position` → its final hidden state [B, D]."""
-        phases = position * self.frequencies
-        cos, sin = phases.cos(), phases.sin()
+        angles = rotary_angles(position, self.frequencies)
         place, filled = position % self.config.window, min(position + 1, self.config.window)
         for layer in self.layers:
-            x = layer(x, cos, sin, place, filled)
-        return F.rms_norm(x, self.norm.shape, self.norm, EPS)
+            x = layer(x, angles, place, filled)
+        return self.norm(x)
 
     def start(self) -> Tensor:
         """Feeds S S S S."""
@@ -57,103 +75,169 @@ class Decoder:
             hidden = self.token(self.starts[slot].expand(self.batch, -1), slot)
         return hidden
 
-    def points(self, hidden: Tensor, first: int, forced: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def points(
+        self,
+        hidden: Tensor,
+        first: int,
+        forced: Tensor,
+        *,
+        previous: Tensor | None = None,
+        uniforms: Tensor | None = None,
+        filters: Filters = Filters(),
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Points `first` … of the rows.
 
         Args:
           hidden: [B, D] at the token before.
           forced: [B, Q, 4] classes to take instead of the drawn ones (which are drawn all the same), -1 for none.
+          previous: [B, 4] classes of the point before; none by default, which forbids nothing.
+          uniforms: [B, Q, Σ C] in (0, 1), one for every class of the x, y, z and b slots in turn: the class with the
+            least -log(uniform) / probability is drawn. torch's own draws by default.
 
         Returns:
           classes [B, Q, 4], their log-probabilities under the grammar, hidden states [B, Q, 4, D], the last one [B, D].
         """
         batch, count = forced.shape[:2]
+        device, counts = hidden.device, self.ids.class_counts
         classes = torch.zeros_like(forced)
-        log_probs = torch.zeros(forced.shape, device=hidden.device)
-        states = torch.zeros(*forced.shape, hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
-        previous = torch.zeros(4, batch, dtype=torch.long, device=hidden.device)
+        log_probs = torch.zeros(forced.shape, dtype=wide(self.dtype), device=device)
+        states = torch.zeros(*forced.shape, hidden.shape[-1], dtype=hidden.dtype, device=device)
+        if previous is None:
+            previous = torch.zeros(batch, 4, dtype=torch.long, device=device)
         for q in range(count):
             point: list[Tensor] = []
             for slot in range(4):
-                logits = F.linear(hidden, self.outputs[slot]).float()
-                logits = logits.masked_fill(~self._legal(slot, previous, point), -torch.inf)
-                probs = logits.softmax(-1)
-                drawn = (probs / torch.empty_like(probs).exponential_()).argmax(-1)
+                logits = F.linear(hidden, self.outputs[slot]).to(wide(self.dtype))
+                if filters.constrain:
+                    logits = logits.masked_fill(~self.legal(slot, previous, point), -torch.inf)
+                if uniforms is None:
+                    waits = torch.empty_like(logits).exponential_()
+                else:
+                    waits = -uniforms[:, q, sum(counts[:slot]) :][:, : counts[slot]].log()
+                drawn = (_kept(logits, filters) / waits).argmax(-1)
                 value = torch.where(forced[:, q, slot] >= 0, forced[:, q, slot], drawn)
                 classes[:, q, slot] = value
-                log_probs[:, q, slot] = probs.gather(-1, value[:, None])[:, 0].log()
+                log_probs[:, q, slot] = logits.log_softmax(-1).gather(-1, value[:, None])[:, 0]
                 hidden = self.token(self.inputs[slot][value], 4 * (first + q + 1) + slot)
                 states[:, q, slot] = hidden
                 point.append(value)
-            previous = torch.stack(point)
+            previous = torch.stack(point, dim=1)
         return classes, log_probs, states, hidden
 
-    def _legal(self, slot: int, previous: Tensor, point: list[Tensor]) -> Tensor:
-        """[B, C] the order of points (DESIGN §5)."""
-        xp, yp, zp, bp = previous
-        last = self.config.bins - 1
+    def generate(
+        self,
+        max_points: int,
+        *,
+        uniforms: Tensor | None = None,
+        filters: Filters = Filters(),
+        chunk: int = 64,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Whole clouds, until every row has drawn E or has `max_points`.
+
+        Args:
+          uniforms: [B, max_points, Σ C], as of `points`.
+
+        Returns:
+          tokens [B, 4 · max_points + 8] (S S S S, points, E E E E, then P), the number of points [B], log-probabilities
+          [B, max_points, 4] (of E at its x slot; then 0) and hidden states [B, max_points, 4, D] (0 beyond the points).
+        """
+        ids, device = self.ids, self.starts.device
+        hidden, previous, parts = self.start(), None, []
+        ended = torch.zeros(self.batch, dtype=torch.bool, device=device)
+        for first in range(0, max_points, chunk):
+            size = min(chunk, max_points - first)
+            forced = torch.full((self.batch, size, 4), -1, device=device)
+            noise = None if uniforms is None else uniforms[:, first : first + size]
+            *made, hidden = self.points(hidden, first, forced, previous=previous, uniforms=noise, filters=filters)
+            parts.append(made)
+            previous = made[0][:, -1]
+            ended |= (made[0][..., 0] == ids.bins).any(1)
+            if ended.all():
+                break
+        classes, log_probs, states = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
+        alive = (classes[..., 0] != ids.bins).cumprod(1).bool()
+        number = alive.sum(1)
+        tokens = torch.full((self.batch, 4 * max_points + 8), ids.pad, device=device)
+        tokens[:, :4] = ids.bos
+        body = classes + torch.tensor([0, 0, 0, ids.bins], device=device)
+        tokens[:, 4 : 4 + body[0].numel()] = torch.where(alive[..., None], body, ids.pad).flatten(1)
+        tokens.scatter_(1, 4 + 4 * number[:, None] + torch.arange(4, device=device), ids.eos)
+        # E's own probability is that of an x slot.
+        counted = alive[..., None].repeat(1, 1, 4)
+        counted[..., 0] |= torch.arange(classes.shape[1], device=device) == number[:, None]
+        missing = max_points - classes.shape[1]
+        log_probs = F.pad(torch.where(counted, log_probs, 0), (0, 0, 0, missing))
+        states = F.pad(torch.where(alive[..., None, None], states, 0), (0, 0, 0, 0, 0, missing))
+        return tokens, number, log_probs, states
+
+    def legal(self, slot: int, previous: Tensor, point: list[Tensor]) -> Tensor:
+        """[B, C] the order of points (DESIGN §5) after `previous` [B, 4] and the point's own classes so far."""
+        xp, yp, zp, bp = previous.T
+        last, classes = self.ids.bins - 1, self.classes[slot]
         if slot == 0:
             # The last class is E, above every bound.
-            return self.x_classes >= (((yp == last) & (zp == last)) * xp)[:, None]
+            return classes >= (((yp == last) & (zp == last)) * xp)[:, None]
         x = point[0]
         if slot == 1:
-            return self.bins >= (yp + ((zp == last) & (x < xp)))[:, None]
+            return classes >= (yp + ((zp == last) & (x < xp)))[:, None]
         if slot == 2:
-            return self.bins >= ((point[1] == yp) * (zp + (x < xp)))[:, None]
+            return classes >= ((point[1] == yp) * (zp + (x < xp)))[:, None]
         same = (x == xp) & (point[1] == yp) & (point[2] == zp)
-        return self.faces >= (same * bp)[:, None]
+        return classes >= (same * bp)[:, None]
+
+
+def _kept(logits: Tensor, filters: Filters) -> Tensor:
+    """Rates [B, C] in proportion to the filtered probabilities; the likeliest class has 1."""
+    rates = ((logits - logits.amax(-1, keepdim=True)) / max(filters.temperature, 1e-6)).exp()
+    # Rates that are one float32 are ties, whatever the dtype.
+    if filters.top_k:
+        threshold = rates.float().topk(min(filters.top_k, rates.shape[-1]), dim=-1).values[:, -1:]
+        rates = torch.where(rates.float() >= threshold, rates, 0)
+    if filters.top_p < 1:
+        falling, order = rates.float().sort(dim=-1, descending=True)
+        mass = rates.gather(-1, order).cumsum(-1)
+        enough = mass >= filters.top_p * mass[:, -1:]
+        threshold = falling.gather(-1, enough.int().argmax(-1, keepdim=True))
+        rates = torch.where(rates.float() >= threshold, rates, 0)
+    return rates
 
 
 class _Layer:
-    def __init__(self, layer, config, context: Tensor):
-        self.config, self.cross_first = config, layer.cross_first
-        cross, own, mlp = layer.cross_attention, layer.self_attention, layer.mlp
-        heads = config.num_kv_heads, config.head_dim
-        k, v = cross.key(context).unflatten(-1, heads), cross.value(context).unflatten(-1, heads)
-        k = cross.key_norm(k) if config.qk_norm else k
-        self.context_keys, self.context_values = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
-        shape = len(context), config.num_kv_heads, config.window, config.head_dim
-        self.keys, self.values = (torch.zeros(shape, dtype=context.dtype, device=context.device) for _ in range(2))
-        self.cross, self.own, self.mlp = cross, own, mlp
-        self.qkv = torch.cat([own.query.weight, own.key.weight, own.value.weight])
-        self.up = torch.cat([mlp.gate.weight, mlp.up.weight]) if mlp.gate is not None else mlp.up.weight
-        self.grouped = config.heads != config.num_kv_heads
+    """A layer's products fused for one token per row, with its cache."""
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, place: int, filled: int) -> Tensor:
+    def __init__(self, layer: Layer, config, context: Tensor, valid: Tensor | None):
+        self.cross_first = layer.cross_first
+        self.cross, self.own, self.mlp, self.valid = layer.cross_attention, layer.self_attention, layer.mlp, valid
+        own, mlp, dtype = self.own, self.mlp, context.dtype
+        self.context_keys, self.context_values = (
+            x.transpose(1, 2).contiguous() for x in self.cross.keys_values(context)
+        )
+        shape = len(context), own.kv_heads, config.window, own.head_dim
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=context.device) for _ in range(2))
+        self.qkv = torch.cat([own.query.weight, own.key.weight, own.value.weight]).to(dtype)
+        self.up = (torch.cat([mlp.gate.weight, mlp.up.weight]) if mlp.gate is not None else mlp.up.weight).to(dtype)
+
+    def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], place: int, filled: int) -> Tensor:
         if self.cross_first:
-            x = self._self_attention(self._cross_attention(x), cos, sin, place, filled)
+            x = self._self_attention(self._cross_attention(x), angles, place, filled)
         else:
-            x = self._cross_attention(self._self_attention(x, cos, sin, place, filled))
-        y = F.linear(_norm(x, self.mlp.norm), self.up)
+            x = self._cross_attention(self._self_attention(x, angles, place, filled))
+        y = F.linear(self.mlp.norm(x), self.up)
         if self.mlp.gate is None:
-            return x + self.mlp.down(F.gelu(y, approximate="tanh"))
+            return x + self.mlp.down(gelu(y))
         gate, up = y.chunk(2, dim=-1)
-        return x + self.mlp.down(F.gelu(gate, approximate="tanh") * up)
+        return x + self.mlp.down(gelu(gate) * up)
 
     def _cross_attention(self, x: Tensor) -> Tensor:
-        q = self.cross.query(_norm(x, self.cross.norm)).unflatten(-1, (self.config.heads, self.config.head_dim))
-        q = _norm(q, self.cross.query_norm) if self.config.qk_norm else q
-        return x + self.cross.out(self._attend(q, self.context_keys, self.context_values))
+        q = self.cross.queries(self.cross.norm(x))[:, :, None]
+        out = self.cross.attend(q, self.context_keys, self.context_values, self.valid)
+        return x + self.cross.out(out.flatten(1))
 
-    def _self_attention(self, x: Tensor, cos: Tensor, sin: Tensor, place: int, filled: int) -> Tensor:
-        N, K, H = self.config.heads, self.config.num_kv_heads, self.config.head_dim
-        qkv = F.linear(_norm(x, self.own.norm), self.qkv).unflatten(-1, (N + 2 * K, H))
-        q, k, v = qkv.split((N, K, K), dim=1)
-        if self.config.qk_norm:
-            q, k = _norm(q, self.own.query_norm), _norm(k, self.own.key_norm)
-        self.keys[:, :, place], self.values[:, :, place] = _rotate(k, cos, sin), v
-        out = self._attend(_rotate(q, cos, sin), self.keys[:, :, :filled], self.values[:, :, :filled])
-        return x + self.own.out(out)
-
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        out = F.scaled_dot_product_attention(q[:, :, None], keys, values, enable_gqa=self.grouped)
-        return out.flatten(1)
-
-
-def _norm(x: Tensor, norm) -> Tensor:
-    return F.rms_norm(x, norm.weight.shape, norm.weight, EPS)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    def _self_attention(self, x: Tensor, angles: tuple[Tensor, Tensor], place: int, filled: int) -> Tensor:
+        own = self.own
+        qkv = F.linear(own.norm(x), self.qkv).unflatten(-1, (-1, own.head_dim))
+        q, k, v = qkv.split((own.heads, own.kv_heads, own.kv_heads), dim=1)
+        q, k = rotate(own.query_norm(q), angles), rotate(own.key_norm(k), angles)
+        self.keys[:, :, place], self.values[:, :, place] = k, v
+        out = own.attend(q[:, :, None], self.keys[:, :, :filled], self.values[:, :, :filled])
+        return x + own.out(out.flatten(1))

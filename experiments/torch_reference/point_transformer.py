@@ -7,26 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pointillist_jax.configs import ModelConfig
+from experiments.torch_reference.layers import GatedMlp, Linear, RMSNorm, rotary_angles, rotary_frequencies, rotate
+from experiments.torch_reference.settings import kv_heads, vocabulary, wide, working_dtype
 
-EPS = 1e-6
+if TYPE_CHECKING:
+    from pointillist_jax.configs import ModelConfig
+
 OCTAVES = 10
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, EPS).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -34,45 +28,44 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
-        width, heads, kv_heads, dim = config.width, config.heads, config.num_kv_heads, config.head_dim
+        width, dim = config.width, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = config.heads, kv_heads(config), dim
         self.norm = RMSNorm(width)
-        self.query = nn.Linear(width, heads * dim, bias=False)
-        self.key = nn.Linear(width, kv_heads * dim, bias=False)
-        self.value = nn.Linear(width, kv_heads * dim, bias=False)
-        self.out = nn.Linear(heads * dim, width, bias=False)
-        if config.qk_norm:
-            self.query_norm, self.key_norm = RMSNorm(dim), RMSNorm(dim)
+        self.query = Linear(width, self.heads * dim, bias=False)
+        self.key = Linear(width, self.kv_heads * dim, bias=False)
+        self.value = Linear(width, self.kv_heads * dim, bias=False)
+        self.out = Linear(self.heads * dim, width, bias=False)
+        self.query_norm, self.key_norm = (RMSNorm(dim) if config.qk_norm else nn.Identity() for _ in range(2))
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], context: Tensor | None = None) -> Tensor:
-        config, y = self.config, self.norm(x)
-        source = y if context is None else context
-        q = self.query(y).unflatten(-1, (config.heads, config.head_dim))
-        k = self.key(source).unflatten(-1, (config.num_kv_heads, config.head_dim))
-        v = self.value(source).unflatten(-1, (config.num_kv_heads, config.head_dim))
-        if config.qk_norm:
-            q, k = self.query_norm(q), self.key_norm(k)
+    def forward(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor] | None = None,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The branch without its residual. `mask`, True is seen, broadcasts to [B, N, T, S]; without a context None
+        stands for all tokens up to one's own."""
+        y = self.norm(x)
+        q, (k, v) = self.queries(y), self.keys_values(y if context is None else context)
         if context is None:
             q, k = rotate(q, angles), rotate(k, angles)
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-        grouped = config.heads != config.num_kv_heads
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=context is None, enable_gqa=grouped)
-        return self.out(out.transpose(1, 2).flatten(2))
+        return self.out(self.attend(q, k, v, mask, causal=context is None and mask is None).transpose(1, 2).flatten(2))
 
+    def queries(self, y: Tensor) -> Tensor:
+        """[..., D] normed → [..., N, H]."""
+        return self.query_norm(self.query(y).unflatten(-1, (self.heads, self.head_dim)))
 
-class FeedForward(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.norm = RMSNorm(config.width)
-        self.up = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.down = nn.Linear(config.mlp_width, config.width, bias=False)
-        self.gate = nn.Linear(config.width, config.mlp_width, bias=False) if config.mlp == "gated" else None
+    def keys_values(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., D] normed → [..., K, H] each."""
+        k, v = (part(y).unflatten(-1, (self.kv_heads, self.head_dim)) for part in (self.key, self.value))
+        return self.key_norm(k), v
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x)
-        if self.gate is None:
-            return self.down(F.gelu(self.up(y), approximate="tanh"))
-        return self.down(F.gelu(self.gate(y), approximate="tanh") * self.up(y))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Heads before tokens: [B, N, T, H], [B, K, S, H] twice → [B, N, T, H]."""
+        grouped = self.heads != self.kv_heads
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
 
 
 class Layer(nn.Module):
@@ -80,105 +73,187 @@ class Layer(nn.Module):
         super().__init__()
         self.cross_first = config.order == "cross_first"
         self.cross_attention, self.self_attention = Attention(config), Attention(config)
-        self.mlp = FeedForward(config)
+        self.mlp = GatedMlp(config.width, config.mlp_width, config.mlp == "gated")
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], context: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        context: Tensor,
+        mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
         if self.cross_first:
-            x = x + self.cross_attention(x, angles, context)
-            x = x + self.self_attention(x, angles)
+            x = x + self.cross_attention(x, None, context, context_mask)
+            x = x + self.self_attention(x, angles, mask=mask)
         else:
-            x = x + self.self_attention(x, angles)
-            x = x + self.cross_attention(x, angles, context)
+            x = x + self.self_attention(x, angles, mask=mask)
+            x = x + self.cross_attention(x, None, context, context_mask)
         return x + self.mlp(x)
 
 
+class SlotClassifier(NamedTuple):
+    """The classes of one slot.
+
+    Attributes:
+      rows: [V, D] in the dtype of the computation; logits are hidden · rows.
+      first_id: class c stands for id first_id + c.
+      eos_class: the class that stands for E, if it lies outside of that run; else -1.
+    """
+
+    rows: Tensor
+    first_id: int
+    eos_class: int
+
+    def labels(self, ids: Tensor, eos: int) -> Tensor:
+        """Class of each id; -1 where this slot has none."""
+        count = len(self.rows) - (self.eos_class >= 0)
+        labels = torch.where((ids >= self.first_id) & (ids < self.first_id + count), ids - self.first_id, -1)
+        return torch.where(ids == eos, self.eos_class, labels) if self.eos_class >= 0 else labels
+
+
 class PointTransformer(nn.Module):
-    """Hidden states and next-token loss of whole windows (T ≤ `config.window`: full causal attention)."""
+    """Hidden states and next-token loss of windows, with one step per token (`config.step` "token")."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
-        ids, width = config.tokenizer, config.width
-        self.embedding = nn.Parameter(torch.zeros(ids.padded_vocab_size, width))
+        if config.step != "token":
+            raise NotImplementedError("the PyTorch reference has one step per token: model.step must be token")
+        self.config, self.ids = config, vocabulary(config)
+        width = config.width
+        # Rounded to the dtype of the computation, in which it multiplies.
+        self.gain = float(torch.tensor(width**0.5, dtype=working_dtype(config)))
+        self.embedding = nn.Parameter(torch.zeros(self.ids.padded_size, width))
         self.context_norm, self.final_norm = RMSNorm(width), RMSNorm(width)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         if config.slot_embedding:
             self.slot_embedding = nn.Parameter(torch.zeros(4, width))
         if not config.tied_head:
-            self.head = nn.Parameter(torch.zeros(ids.padded_vocab_size, width))
+            self.head = nn.Parameter(torch.zeros(self.ids.padded_size, width))
         if config.coord_tables == "fourier_tied":
             self.coord_rows = nn.Parameter(torch.zeros(3, config.bins, width))
             self.coord_fourier = nn.Parameter(torch.zeros(3, 2 * OCTAVES, width))
-            centres = (np.arange(config.bins) + 0.5) / config.bins
-            phases = math.pi * centres[:, None] * 2.0 ** np.arange(OCTAVES)
-            features = np.concatenate([np.sin(phases), np.cos(phases)], axis=1)
-            self.register_buffer("features", torch.tensor(features, dtype=torch.float32), persistent=False)
 
-    def coordinate_tables(self) -> list[Tensor]:
-        """Rows of the x, y and z slots, [bins, D] each."""
+    def coordinate_tables(self) -> Tensor:
+        """Rows of the x, y and z slots [3, bins, D], in the dtype of the computation."""
+        dtype = working_dtype(self.config)
         if self.config.coord_tables == "learned":
-            return [self._classes()[: self.config.bins]] * 3
-        return list(self.coord_rows + torch.einsum("bf,sfD->sbD", self.features, self.coord_fourier))
+            return self._classes()[: self.config.bins].to(dtype).expand(3, -1, -1)
+        accumulator = wide(dtype)
+        features = fourier_features(self.config.bins, self.coord_rows.device).to(accumulator)
+        smooth = torch.einsum("bf,sfD->sbD", features, self.coord_fourier.to(accumulator))
+        return (self.coord_rows + smooth).to(dtype)
 
-    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
-        """tokens [B, T] from position 0, context [B, S, D] → hidden states [B, T, D] after the last norm."""
-        config, length = self.config, tokens.shape[1]
-        slots = torch.arange(length, device=tokens.device) % 4
-        x = F.embedding(tokens, self.embedding)
+    def embed(self, tokens: Tensor, slots: Tensor) -> Tensor:
+        """Ids and the slots 0–3 where they stand, one shape → [..., D]."""
+        config, dtype = self.config, working_dtype(self.config)
+        x = F.embedding(tokens, self.embedding.to(dtype))
         if config.coord_tables == "fourier_tied":
-            rows = torch.cat(self.coordinate_tables())
+            rows = self.coordinate_tables().flatten(0, 1)
             index = slots.clamp(max=2) * config.bins + tokens.clamp(max=config.bins - 1)
             x = torch.where((tokens < config.bins)[..., None], F.embedding(index, rows), x)
-        x = x * config.width**0.5
-        if config.slot_embedding:
-            x = x + self.slot_embedding[slots]
-        positions = torch.arange(length, device=tokens.device, dtype=torch.float32)
-        frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, device=x.device) / config.head_dim)
-        phases = positions[:, None] * frequencies.float()
-        angles = phases.cos(), phases.sin()
-        context = self.context_norm(context)
+        x = x * self.gain
+        return x + self.slot_embedding.to(dtype)[slots] if config.slot_embedding else x
+
+    def classifiers(self, support: str | None = None) -> list[SlotClassifier]:
+        """Of the x, y, z and b slots, for a `loss_support` ("slot" or "vocab"; the config's by default)."""
+        ids, coords = self.ids, self.coordinate_tables()
+        classes = self._classes().to(coords.dtype)
+        if (support or self.config.loss_support) == "vocab":
+            # P is the last id: it is no class.
+            others = classes[ids.bins : ids.pad]
+            return [SlotClassifier(torch.cat([coords[s], others]), 0, -1) for s in range(3)] + [
+                SlotClassifier(classes[: ids.pad], 0, -1)
+            ]
+        return [
+            SlotClassifier(torch.cat([coords[0], classes[ids.eos, None]]), 0, ids.bins),
+            SlotClassifier(coords[1], 0, -1),
+            SlotClassifier(coords[2], 0, -1),
+            SlotClassifier(classes[ids.bins : ids.bos], ids.bins, -1),
+        ]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        context: Tensor,
+        positions: Tensor | None = None,
+        context_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [B, T, D] after the last norm.
+
+        Args:
+          tokens: [B, T]; the first stands at an x slot. Each sees itself and `config.window` - 1 before it.
+          context: [B, S, D].
+          positions: [B, T] in the whole sequence, for windows from its middle; 0 … T-1 by default.
+          context_lengths: [B] real tokens of each context; all by default.
+        """
+        config, length, dtype = self.config, tokens.shape[1], working_dtype(self.config)
+        place = torch.arange(length, device=tokens.device)
+        x = self.embed(tokens, (place % 4).expand_as(tokens))
+        positions = place if positions is None else positions
+        angles = rotary_angles(
+            positions, rotary_frequencies(config.head_dim, config.rope_theta, wide(dtype), tokens.device)
+        )
+        mask = context_mask = None
+        if length > config.window:
+            distance = place[:, None] - place
+            mask = (distance >= 0) & (distance < config.window)
+        if context_lengths is not None:
+            columns = torch.arange(context.shape[1], device=context.device)
+            context_mask = (columns < context_lengths[:, None])[:, None, None]
+        context = self.context_norm(context.to(dtype))
         for layer in self.layers:
-            x = layer(x, angles, context)
+            x = layer(x, angles, context, mask, context_mask)
         return self.final_norm(x)
 
-    def loss(self, tokens: Tensor, targets: Tensor, context: Tensor) -> Tensor:
-        """Mean next-token cross-entropy over all targets that are a class of their slot."""
-        hidden, ids, config = self(tokens, context), self.config.tokenizer, self.config
-        coords, classes = self.coordinate_tables(), self._classes()
-        total, count = hidden.new_zeros((), dtype=torch.float32), 0
-        for slot in range(4):
+    def loss(self, tokens: Tensor, targets: Tensor, context: Tensor, *args: Any, **options: Any) -> Tensor:
+        """Mean next-token cross-entropy over the supervised tokens; arguments as of `loss_sums`."""
+        total, count = self.loss_sums(tokens, targets, context, *args, **options)
+        return total / count.clamp(min=1)
+
+    def loss_sums(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        context: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        z_loss: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Σ of -log p (+ z-loss) over all targets that are a class of their slot, and how many there are.
+
+        Args:
+          targets: [B, T] the token after each; P is ignored.
+          mask: [B, T], False where a target is padding.
+          z_loss: weight of log²(Σ exp logits).
+        """
+        hidden = self(tokens, context, positions)
+        targets = targets if mask is None else torch.where(mask, targets, self.ids.pad)
+        total = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
+        count = torch.zeros((), dtype=torch.long, device=hidden.device)
+        for slot, classifier in enumerate(self.classifiers()):
             first = (slot - 1) % 4
-            states, wanted = hidden[:, first::4], targets[:, first::4]
-            if config.loss_support == "vocab":
-                # P is the last id: it is no class.
-                rows = torch.cat([coords[slot], classes[ids.bins :]])[: ids.pad] if slot < 3 else classes[: ids.pad]
-                labels = torch.where(wanted == ids.pad, -1, wanted)
-            elif slot == 3:
-                rows = classes[ids.bins : ids.bos]
-                labels = torch.where((wanted >= ids.bins) & (wanted < ids.bos), wanted - ids.bins, -1)
-            else:
-                rows, labels = coords[slot], torch.where(wanted < ids.bins, wanted, -1)
-                if slot == 0:
-                    rows = torch.cat([rows, classes[ids.eos, None]])
-                    labels = torch.where(wanted == ids.eos, ids.bins, labels)
-            logits = F.linear(states, rows).float().flatten(0, 1)
-            total = total + F.cross_entropy(logits, labels.flatten(), ignore_index=-1, reduction="sum")
+            labels = classifier.labels(targets[:, first::4], self.ids.eos).flatten()
+            logits = F.linear(hidden[:, first::4], classifier.rows).to(total.dtype).flatten(0, 1)
+            total = total + F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+            if z_loss:
+                total = total + z_loss * torch.where(labels >= 0, logits.logsumexp(-1) ** 2, 0).sum()
             count = count + (labels >= 0).sum()
-        return total / count
+        return total, count
 
     def _classes(self) -> Tensor:
         return self.embedding if self.config.tied_head else self.head
 
 
-def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns the pairs (x_i, x_{i+H/2}) of [B, T, N, H] by [T, H/2] angles, given as cosines and sines."""
-    cos, sin = (a[:, None] for a in angles)
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+def fourier_features(bins: int, device: Any = None) -> Tensor:
+    """[bins, 2 · octaves] float64: sines, then cosines of π 2^k u at the bins' centres u in (0, 1)."""
+    centres = (torch.arange(bins, dtype=torch.float64, device=device) + 0.5) / bins
+    phases = math.pi * centres[:, None] * 2.0 ** torch.arange(OCTAVES, dtype=torch.float64, device=device)
+    return torch.cat([phases.sin(), phases.cos()], dim=1)
 
 
 def load_arrays(module: PointTransformer, arrays: Mapping[str, Any]) -> None:
-    """Copies the JAX model's parameters (nested dicts of NumPy arrays, layers stacked) into `module`."""
+    """Gives `module` the JAX model's parameters (nested dicts of NumPy arrays, layers stacked), in their dtype."""
     state, own = {}, module.state_dict()
 
     def put(name: str, value: np.ndarray) -> None:
@@ -196,4 +271,5 @@ def load_arrays(module: PointTransformer, arrays: Mapping[str, Any]) -> None:
                         put(f"layers.{i}.{part}.{key}.weight", one)
         else:
             put(f"{name}.weight" if name.endswith("norm") else name, np.asarray(value))
-    module.load_state_dict(state)
+    # Assigned, not copied: float64 stays float64.
+    module.load_state_dict(state, assign=True)
