@@ -221,7 +221,8 @@ def torch_decoder(model: ModelConfig, params, context: np.ndarray):
     except ImportError:
         raise UserError("--against=torch needs torch: pip install -e '.[test]'.") from None
     from experiments.torch_reference.decode import Decoder
-    from experiments.torch_reference.point_transformer import PointTransformer, load_arrays
+    from experiments.torch_reference.layers import load_arrays
+    from experiments.torch_reference.point_transformer import PointTransformer
 
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
     dtype, cores = getattr(torch, model.dtype), _torch_cores()

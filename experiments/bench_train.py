@@ -229,7 +229,8 @@ def torch_program(model: ModelConfig, train: TrainConfig, batch: dict[str, np.nd
         import torch
     except ImportError:
         raise UserError("--against=torch needs torch: pip install -e '.[test]'.") from None
-    from experiments.torch_reference.point_transformer import PointTransformer, load_arrays
+    from experiments.torch_reference.layers import load_arrays
+    from experiments.torch_reference.point_transformer import PointTransformer
 
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
     if jax.device_count() > 1:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from experiments.torch_reference.layers import gelu, rotary_angles, rotary_frequencies, rotate
+from experiments.torch_reference.layers import gelu, length_mask, rotary_angles, rotary_frequencies, rotate
 from experiments.torch_reference.point_transformer import Layer, PointTransformer
 from experiments.torch_reference.settings import wide, working_dtype
 
@@ -54,9 +54,7 @@ class Decoder:
         self.frequencies = rotary_frequencies(config.head_dim, config.rope_theta, wide(self.dtype), device)
         slots = torch.arange(4, device=device)
         self.starts = model.embed(torch.full_like(slots, ids.bos), slots)
-        valid = None
-        if context_lengths is not None:
-            valid = (torch.arange(context.shape[1], device=device) < context_lengths[:, None])[:, None, None]
+        valid = length_mask(context_lengths, context.shape[1])
         context = model.context_norm(context.to(self.dtype))
         self.layers = [_Layer(layer, config, context, valid) for layer in model.layers]
         self.classes = [torch.arange(count, device=device) for count in ids.class_counts]

@@ -1,12 +1,14 @@
-"""Norms, products and rotary positions of the two transformers.
+"""What the two transformers are made of: norms, products, attention, rotary positions; and their weights by name.
 
 Parameters may be wider than the computation: they are cast where they are used, and norms stay as wide as they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,6 +35,70 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Attention(nn.Module):
+    """Multi-head attention to its own input or to a context, its norm included, the residual not.
+
+    Letters: B batch, T queries, S keys, N heads, K kv heads, H head dim.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_dim: int,
+        *,
+        kv_heads: int = 0,
+        qk_norm: bool = False,
+        context_width: int = 0,
+    ):
+        """`kv_heads`: grouped queries if fewer than `heads`. `context_width`: of a context of another width."""
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, head_dim
+        self.norm = RMSNorm(width)
+        self.query = Linear(width, heads * head_dim, bias=False)
+        self.key, self.value = (Linear(context_width or width, self.kv_heads * head_dim, bias=False) for _ in range(2))
+        self.out = Linear(heads * head_dim, width, bias=False)
+        self.query_norm, self.key_norm = (RMSNorm(head_dim) if qk_norm else nn.Identity() for _ in range(2))
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        angles: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        causal: bool = False,
+    ) -> Tensor:
+        """[B, T, D] → the branch [B, T, D].
+
+        Args:
+          context: [B, S, C], normed; keys and values come from it instead of from x.
+          angles: of `rotary_angles`, by which queries and keys are turned.
+          mask: True is seen; broadcasts to [B, N, T, S].
+          causal: each query sees the keys up to its own place.
+        """
+        y = self.norm(x)
+        q, (k, v) = self.queries(y), self.keys_values(y if context is None else context)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+        return self.out(self.attend(q, k, v, mask, causal).transpose(1, 2).flatten(2))
+
+    def queries(self, y: Tensor) -> Tensor:
+        """[..., D] normed → [..., N, H]."""
+        return self.query_norm(self.query(y).unflatten(-1, (self.heads, self.head_dim)))
+
+    def keys_values(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., D] normed → [..., K, H] each."""
+        k, v = (part(y).unflatten(-1, (self.kv_heads, self.head_dim)) for part in (self.key, self.value))
+        return self.key_norm(k), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Heads before tokens: [B, N, T, H], [B, K, S, H] twice → [B, N, T, H]."""
+        grouped = self.heads != self.kv_heads
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
 
 
 class GatedMlp(nn.Module):
@@ -74,3 +140,53 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = (a[..., None, :] for a in angles)
     first, second = x.to(wide(x.dtype)).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def length_mask(lengths: Tensor | None, size: int) -> Tensor | None:
+    """[B] real keys out of `size` → [B, 1, 1, size], True where there is one; None for none."""
+    if lengths is None:
+        return None
+    return (torch.arange(size, device=lengths.device) < lengths[:, None])[:, None, None]
+
+
+def load_arrays(module: nn.Module, arrays: Mapping[str, Any]) -> None:
+    """Gives `module` the parameters of its JAX twin, in their dtype: nested dicts of NumPy arrays, layers stacked.
+
+    A matrix is [in…, out…] there and [out, in] here, a convolution HWIO there and OIHW here.
+    """
+    state, owners = {}, dict(module.named_modules())
+
+    def put(path: tuple[str, ...], value: np.ndarray) -> None:
+        *parents, last = path
+        name = next(n for n in _names(parents, last) if n in own)
+        owner, shape = owners[name.rpartition(".")[0]], tuple(own[name].shape)
+        if name.endswith("weight") and isinstance(owner, nn.Conv2d):
+            value = value.transpose(3, 2, 0, 1)
+        elif name.endswith("weight") and isinstance(owner, nn.Linear):
+            value = value.reshape(shape[::-1]).T
+        state[name] = torch.tensor(np.ascontiguousarray(value).reshape(shape))
+
+    def walk(path: tuple[str, ...], tree: Any, stacked: bool) -> None:
+        for key, value in tree.items():
+            if isinstance(value, Mapping):
+                walk((*path, key), value, stacked or key == "layers")
+            elif stacked:
+                at = path.index("layers") + 1
+                for i, one in enumerate(np.asarray(value)):
+                    put((*path[:at], str(i), *path[at:], key), one)
+            else:
+                put((*path, key), np.asarray(value))
+
+    own = module.state_dict()
+    walk((), arrays, False)
+    # Assigned, not copied: float64 stays float64.
+    module.load_state_dict(state, assign=True)
+
+
+def _names(parents: list[str], last: str) -> list[str]:
+    """What a parameter may be called here: itself, a layer's weight, or (qkv_kernel, patch_bias) a layer's part."""
+    if last in ("kernel", "scale"):
+        return [".".join([*parents, "weight"])]
+    head, _, tail = last.rpartition("_")
+    part = {"kernel": "weight", "bias": "bias"}.get(tail, tail)
+    return [".".join(names) for names in ([*parents, last], [*parents, last, "weight"], [*parents, head, part])]

@@ -6,15 +6,20 @@ Letters as in the design: B batch, T tokens, S context, D width, N heads, K kv h
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.torch_reference.layers import GatedMlp, Linear, RMSNorm, rotary_angles, rotary_frequencies, rotate
+from experiments.torch_reference.layers import (
+    Attention,
+    GatedMlp,
+    RMSNorm,
+    length_mask,
+    rotary_angles,
+    rotary_frequencies,
+)
 from experiments.torch_reference.settings import kv_heads, vocabulary, wide, working_dtype
 
 if TYPE_CHECKING:
@@ -23,56 +28,14 @@ if TYPE_CHECKING:
 OCTAVES = 10
 
 
-class Attention(nn.Module):
-    """Self-attention (causal, rotary) or, given a context, cross-attention (neither)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        width, dim = config.width, config.head_dim
-        self.heads, self.kv_heads, self.head_dim = config.heads, kv_heads(config), dim
-        self.norm = RMSNorm(width)
-        self.query = Linear(width, self.heads * dim, bias=False)
-        self.key = Linear(width, self.kv_heads * dim, bias=False)
-        self.value = Linear(width, self.kv_heads * dim, bias=False)
-        self.out = Linear(self.heads * dim, width, bias=False)
-        self.query_norm, self.key_norm = (RMSNorm(dim) if config.qk_norm else nn.Identity() for _ in range(2))
-
-    def forward(
-        self,
-        x: Tensor,
-        angles: tuple[Tensor, Tensor] | None = None,
-        context: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """The branch without its residual. `mask`, True is seen, broadcasts to [B, N, T, S]; without a context None
-        stands for all tokens up to one's own."""
-        y = self.norm(x)
-        q, (k, v) = self.queries(y), self.keys_values(y if context is None else context)
-        if context is None:
-            q, k = rotate(q, angles), rotate(k, angles)
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-        return self.out(self.attend(q, k, v, mask, causal=context is None and mask is None).transpose(1, 2).flatten(2))
-
-    def queries(self, y: Tensor) -> Tensor:
-        """[..., D] normed → [..., N, H]."""
-        return self.query_norm(self.query(y).unflatten(-1, (self.heads, self.head_dim)))
-
-    def keys_values(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """[..., D] normed → [..., K, H] each."""
-        k, v = (part(y).unflatten(-1, (self.kv_heads, self.head_dim)) for part in (self.key, self.value))
-        return self.key_norm(k), v
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """Heads before tokens: [B, N, T, H], [B, K, S, H] twice → [B, N, T, H]."""
-        grouped = self.heads != self.kv_heads
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
-
-
 class Layer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.cross_first = config.order == "cross_first"
-        self.cross_attention, self.self_attention = Attention(config), Attention(config)
+        sizes = {"heads": config.heads, "head_dim": config.head_dim, "kv_heads": kv_heads(config)}
+        self.cross_attention, self.self_attention = (
+            Attention(config.width, qk_norm=config.qk_norm, **sizes) for _ in range(2)
+        )
         self.mlp = GatedMlp(config.width, config.mlp_width, config.mlp == "gated")
 
     def forward(
@@ -83,12 +46,13 @@ class Layer(nn.Module):
         mask: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
+        own = {"angles": angles, "mask": mask, "causal": mask is None}
         if self.cross_first:
-            x = x + self.cross_attention(x, None, context, context_mask)
-            x = x + self.self_attention(x, angles, mask=mask)
+            x = x + self.cross_attention(x, context, mask=context_mask)
+            x = x + self.self_attention(x, **own)
         else:
-            x = x + self.self_attention(x, angles, mask=mask)
-            x = x + self.cross_attention(x, None, context, context_mask)
+            x = x + self.self_attention(x, **own)
+            x = x + self.cross_attention(x, context, mask=context_mask)
         return x + self.mlp(x)
 
 
@@ -194,13 +158,11 @@ class PointTransformer(nn.Module):
         angles = rotary_angles(
             positions, rotary_frequencies(config.head_dim, config.rope_theta, wide(dtype), tokens.device)
         )
-        mask = context_mask = None
+        mask = None
         if length > config.window:
             distance = place[:, None] - place
             mask = (distance >= 0) & (distance < config.window)
-        if context_lengths is not None:
-            columns = torch.arange(context.shape[1], device=context.device)
-            context_mask = (columns < context_lengths[:, None])[:, None, None]
+        context_mask = length_mask(context_lengths, context.shape[1])
         context = self.context_norm(context.to(dtype))
         for layer in self.layers:
             x = layer(x, angles, context, mask, context_mask)
@@ -250,26 +212,3 @@ def fourier_features(bins: int, device: Any = None) -> Tensor:
     centres = (torch.arange(bins, dtype=torch.float64, device=device) + 0.5) / bins
     phases = math.pi * centres[:, None] * 2.0 ** torch.arange(OCTAVES, dtype=torch.float64, device=device)
     return torch.cat([phases.sin(), phases.cos()], dim=1)
-
-
-def load_arrays(module: PointTransformer, arrays: Mapping[str, Any]) -> None:
-    """Gives `module` the JAX model's parameters (nested dicts of NumPy arrays, layers stacked), in their dtype."""
-    state, own = {}, module.state_dict()
-
-    def put(name: str, value: np.ndarray) -> None:
-        shape = tuple(own[name].shape)
-        if name.startswith("layers") and value.ndim > 1:
-            # [in…, out…] there, [out, in] here.
-            value = value.reshape(shape[::-1]).T
-        state[name] = torch.tensor(np.ascontiguousarray(value).reshape(shape))
-
-    for name, value in arrays.items():
-        if name == "layers":
-            for part, content in value.items():
-                for key, stacked in content.items():
-                    for i, one in enumerate(np.asarray(stacked)):
-                        put(f"layers.{i}.{part}.{key}.weight", one)
-        else:
-            put(f"{name}.weight" if name.endswith("norm") else name, np.asarray(value))
-    # Assigned, not copied: float64 stays float64.
-    module.load_state_dict(state, assign=True)

@@ -12,7 +12,8 @@ from tests.sampling.small import CONFIG, OPTIONS, contexts, params_without_end, 
 
 torch = pytest.importorskip("torch")
 from experiments.torch_reference.decode import Decoder, Filters  # noqa: E402
-from experiments.torch_reference.point_transformer import PointTransformer, load_arrays  # noqa: E402
+from experiments.torch_reference.layers import load_arrays  # noqa: E402
+from experiments.torch_reference.point_transformer import PointTransformer  # noqa: E402
 from tests.models.tiny_ar import changed  # noqa: E402
 from tests.parity.compare import assert_close  # noqa: E402
 

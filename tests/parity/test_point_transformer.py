@@ -17,7 +17,8 @@ from pointillist_jax.training.ar import window_loss
 from tests.models.tiny_ar import changed, random_batch, random_params
 
 torch = pytest.importorskip("torch")
-from experiments.torch_reference.point_transformer import PointTransformer, load_arrays  # noqa: E402
+from experiments.torch_reference.layers import load_arrays  # noqa: E402
+from experiments.torch_reference.point_transformer import PointTransformer  # noqa: E402
 from tests.parity.compare import assert_close, assert_same_gradients, to_torch  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("x64")
