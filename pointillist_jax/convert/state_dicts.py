@@ -26,7 +26,11 @@ def require_mapping(state: Any, what: str) -> Mapping[str, Any]:
 
 
 def check_state(
-    what: str, state: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()
+    what: str,
+    state: Mapping[str, Any],
+    expected: Mapping[str, tuple[int, ...]],
+    ignored: Iterable[str] = (),
+    kind: str = "the state dict",
 ) -> None:
     """Raises FileFormatError that names every missing, unexpected and mis-shaped key in one sentence.
 
@@ -34,6 +38,7 @@ def check_state(
       what: the model, for the message.
       expected: shape of each key that must be there.
       ignored: keys that may be there.
+      kind: of container, for the message.
     """
     missing = [name for name in expected if name not in state]
     unexpected = sorted(set(state) - set(expected) - set(ignored))
@@ -44,7 +49,7 @@ def check_state(
     ]
     kinds = {"lacks": missing, "has unexpected": unexpected, "holds": shaped}
     if problems := [f"{verb} {_list(names)}" for verb, names in kinds.items() if names]:
-        raise FileFormatError(f"the state dict of {what} {'; '.join(problems)}: is it a checkpoint of another model?")
+        raise FileFormatError(f"{kind} of {what} {'; '.join(problems)}: is it a checkpoint of another model?")
 
 
 class Tensors:
