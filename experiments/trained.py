@@ -19,7 +19,7 @@ from pointillist_jax.data.windows import split_subjects
 from pointillist_jax.files import UserError
 from pointillist_jax.flame import FlameModel
 from pointillist_jax.training.ar import encode
-from pointillist_jax.training.checkpoints import load_params
+from pointillist_jax.training.checkpoints import load_params, newest_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +81,8 @@ def load_ar(workdir: str | None, step: int | None = None, flame: str | None = No
         raise UserError("--ar is missing: name the workdir of a training (python -m experiments.train_ar).")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of metadata that its own writer left out.
     params, meta = load_params(workdir, step)
-    folder = Path(workdir) / "checkpoints"
-    if step is None:
-        step = max(int(path.name) for path in folder.glob("*") if path.name.isdigit())
-    where = str(folder / str(step) / "meta")
+    step = newest_step(workdir) if step is None else step
+    where = str(Path(workdir) / "checkpoints" / str(step) / "meta")
     meta = meta if isinstance(meta, dict) else {}
     # Only what is used is read: parts of a config that have changed since do not make a model useless.
     config = meta.get("config")

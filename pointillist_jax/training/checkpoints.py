@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from pointillist_jax.files import FileFormatError, UserError
+from pointillist_jax.files import FileFormatError, UserError, atomic_folder
 from pointillist_jax.training.state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -143,9 +143,7 @@ def load_params(workdir: str | os.PathLike, step: int | None = None, *, ema: boo
       FileNotFoundError: no checkpoint there.
       FileFormatError: it is damaged.
     """
-    folder = Path(workdir).resolve()
-    folder = folder if folder.name == "checkpoints" else folder / "checkpoints"
-    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+    folder, steps = _steps_in(workdir)
     if not steps or (step is not None and step not in steps):
         raise FileNotFoundError(f"{folder} has no checkpoint{'' if step is None else f' {step}'}: check the path.")
     folder = folder / str(steps[-1] if step is None else step)
@@ -161,6 +159,45 @@ def load_params(workdir: str | os.PathLike, step: int | None = None, *, ema: boo
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged or missing files.
         raise FileFormatError(f"{item} cannot be read ({_reason(error)}): name an earlier step.") from None
     return params, meta
+
+
+def newest_step(workdir: str | os.PathLike) -> int:
+    """The step that `load_params` reads if none is named. Raises FileNotFoundError without any."""
+    folder, steps = _steps_in(workdir)
+    if not steps:
+        raise FileNotFoundError(f"{folder} has no checkpoint: check the path.")
+    return steps[-1]
+
+
+def save_params(
+    workdir: str | os.PathLike, step: int, params: Any, meta: dict[str, Any], *, overwrite: bool = False
+) -> None:
+    """Writes a checkpoint of parameters alone, which `load_params` reads; no training goes on from it.
+
+    Args:
+      params: nested dicts of NumPy arrays.
+      overwrite: replace the checkpoints that are there.
+
+    Raises:
+      UserError: there are checkpoints, and `overwrite` is off.
+    """
+    folder, steps = _steps_in(workdir)
+    if steps and not overwrite:
+        raise UserError(f"{folder} has checkpoints; replace them with --overwrite, or name another folder.")
+    with atomic_folder(folder) as temporary:
+        # Orbax writes to absolute paths only.
+        target = temporary.resolve() / str(step)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+            writer.save(target / "params", args=ocp.args.PyTreeSave(params))
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+            writer.save(target / "meta", args=ocp.args.JsonSave(meta))
+
+
+def _steps_in(workdir: str | os.PathLike) -> tuple[Path, list[int]]:
+    """The folder of a run's checkpoints and their steps, ascending."""
+    folder = Path(workdir).resolve()
+    folder = folder if folder.name == "checkpoints" else folder / "checkpoints"
+    return folder, sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
 
 
 def _items(state: TrainState) -> dict[str, Any]:
