@@ -92,9 +92,14 @@ def draw(
 
 def waiting_times(keys: UInt32[Array, "B 2"], index: Int[Array, "B"], count: int, dtype) -> Float[Array, "B count"]:
     """[B, count] exponential variables of each row's `index`-th point: they depend on nothing else in the batch."""
+    return -jnp.log(uniforms(keys, index, count, dtype))
+
+
+def uniforms(keys: UInt32[Array, "B 2"], index: Int[Array, "B"], count: int, dtype) -> Float[Array, "B count"]:
+    """The uniform variables behind `waiting_times`: another program that is given them draws the same classes."""
     bits = jax.vmap(lambda key, i: jax.random.bits(jax.random.fold_in(key, i), (count,), jnp.uint32))(keys, index)
     # 23 bits and a half: never 0, never 1, so a wait is never infinite and never zero.
-    return -jnp.log(((bits >> 9).astype(dtype) + 0.5) * 2.0**-23)
+    return ((bits >> 9).astype(dtype) + 0.5) * 2.0**-23
 
 
 def _at_least(rates: Float[Array, "B C"], threshold: Float[Array, "B 1"]) -> Float[Array, "B C"]:
