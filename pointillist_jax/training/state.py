@@ -61,7 +61,9 @@ def make_schedule(config: TrainConfig) -> optax.Schedule:
         after = optax.cosine_decay_schedule(peak, max(config.steps - warmup, 1), alpha=0.1)
     # The first step already moves: step 0 has rate peak / warmup.
     rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
-    return optax.join_schedules([rise, after], [warmup])
+    joined = optax.join_schedules([rise, after], [warmup])
+    # An int32 count divided by an int is float32 even where everything else is float64.
+    return lambda count: joined(jnp.asarray(count, jnp.result_type(float)))
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
