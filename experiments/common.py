@@ -74,6 +74,17 @@ def keep_freed_memory() -> None:
         mallopt(parameter, value)
 
 
+def refuse_flags(names: Sequence[str], when: str) -> None:
+    """Raises UserError if one of these flags stands on the command line: a flag that does nothing must not pass.
+
+    Args:
+      names: of flags.
+      when: they do nothing, for the sentence ("with --capture, whose motion is taken").
+    """
+    if given := [name for name in names if flags.FLAGS[name].present]:
+        raise UserError(f"--{given[0]} does nothing {when}: leave it out.")
+
+
 def end_with_parent() -> None:
     """Initialiser of a pool's workers: they die with the process that started them, even by SIGKILL.
 

@@ -94,7 +94,7 @@ def main() -> None:
            f"--tracker={person}/portrait_flame_param.npz", f"--workdir={workdir}/avatars", *drawing,
            "--overwrite")  # fmt: skip
     script("animate", f"--avatar={workdir}/avatars/portrait", f"--output={workdir}/from_portrait.mp4",
-           f"--frames={frames}", f"--size={size}")  # fmt: skip
+           f"--frames={frames}", f"--size={size}", "--overwrite")  # fmt: skip
 
     begin(9, "the fitted person as an avatar")
     avatar = make_avatar(workdir, subject, model)
