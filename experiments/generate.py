@@ -29,21 +29,17 @@ from experiments.clouds import cloud_gaussians, cloud_sheet, shaded
 from experiments.common import open_workdir, run
 from experiments.drawing import Person, define_drawing, draw_clouds
 from experiments.media import write_image
+from experiments.portraits import PortraitFlags
 from experiments.trained import Contexts, TrainedAR, load_ar
-from pointillist_jax.data.images import load_rgba, square_portrait
-from pointillist_jax.data.subjects import flame_fields
 from pointillist_jax.data.token_store import TokenStore, open_store
 from pointillist_jax.files import ArraySpec, UserError, atomic_folder, read_json, read_npz, write_npz
-from pointillist_jax.flame.param_files import load_flame_params
 from pointillist_jax.gaussians import save_ply
 from pointillist_jax.sampling import Generation
 
 AR = flags.DEFINE_string("ar", None, "Workdir of experiments.train_ar.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint; the newest if not given.", lower_bound=0)
 WORKDIR = flags.DEFINE_string("workdir", "outputs/clouds", "Where the clouds go.")
-PORTRAIT = flags.DEFINE_string("portrait", None, "A photograph of a head.")
-TRACKER = flags.DEFINE_string("tracker", None, "Its FLAME parameters: a flame_param.npz; neutral ones if not given.")
-TIMESTEP = flags.DEFINE_integer("timestep", 0, "Which timestep of --tracker shows the portrait.", lower_bound=0)
+portrait_flags = PortraitFlags()
 STORE = flags.DEFINE_string("store", None, "Instead of a portrait: people of this token store.")
 SUBJECTS = flags.DEFINE_list("subjects", None, "Which of them; those the training held out if not given.")
 FLAME = flags.DEFINE_string("flame", None, "Your FLAME .pkl, if the model was trained with it.")
@@ -86,8 +82,9 @@ def main() -> None:
     start = time.perf_counter()
     trained = load_ar(AR.value, STEP.value, FLAME.value)
     store = open_store(STORE.value) if STORE.value else None
-    if (PORTRAIT.value is None) == (store is None):
+    if (portrait_flags.path is None) == (store is None):
         raise UserError("give either --portrait=<a photograph> or --store=<a token store>.")
+    portrait_flags.check()
     contexts = Contexts(trained, store, IMAGE_WEIGHTS.value, POINT_WEIGHTS.value)
     subjects = [portrait_subject(trained)] if store is None else store_subjects(trained, store, contexts)
     drawing = drawing_flags(store)
@@ -123,27 +120,13 @@ def portrait_subject(trained: TrainedAR) -> Subject:
     """Who is on --portrait."""
     if SUBJECTS.value:
         raise UserError("--subjects are people of a --store; a --portrait shows one person.")
-    path, head = Path(PORTRAIT.value), trained.head
-    image = square_portrait(load_rgba(path), trained.spec.portrait_size)
-    if TRACKER.value is None:
-        print(
-            "warning: no --tracker: the model is told a neutral head of mean shape, so only the photograph says who "
-            "this is; give the flame_param.npz of a FLAME tracker for a likeness of shape."
-        )
-        flame = flame_fields(head.neutral_params())
-    else:
-        params = load_flame_params(TRACKER.value, head)
-        if TIMESTEP.value >= len(params.expr):
-            raise UserError(f"{TRACKER.value} holds {len(params.expr)} timesteps; --timestep={TIMESTEP.value} is none.")
-        flame = flame_fields(params, TIMESTEP.value)
-    person = Person(path.stem, {"portrait": image, "flame": flame}, 0, _prefix(None, trained))
-    return Subject(person, str(path), image, flame["shape"])
+    portrait = portrait_flags.read(trained.spec, trained.head)
+    person = Person(portrait.path.stem, portrait.condition, 0, _prefix(None, trained))
+    return Subject(person, str(portrait.path), portrait.image, portrait.condition["flame"]["shape"])
 
 
 def store_subjects(trained: TrainedAR, store: TokenStore, contexts: Contexts) -> list[Subject]:
     """People of --store: those of --subjects, else those that the training held out."""
-    if TRACKER.value:
-        raise UserError("--tracker belongs to a --portrait; people of a --store have their own parameters.")
     trained.check_store(store)
     subjects = []
     for name in dict.fromkeys(SUBJECTS.value or trained.held_out(store) or store.subjects):

@@ -1,18 +1,22 @@
 """Avatars from trained models: a portrait, or people of a feature set, to avatar bundles (paper §4; DESIGN §2).
 
-    python -m experiments.reconstruct --ar=outputs/ar --decoder=outputs/decoder --portrait=me.jpg [--tracker=…]
-    python -m experiments.reconstruct --decoder=outputs/decoder --features=outputs/features [--subjects=person_0003]
+    python -m experiments.reconstruct --ar=outputs/ar --decoder=outputs/decoder --portrait=me.jpg
+       [--tracker=flame_param.npz [--timestep=0]]
+    python -m experiments.reconstruct --decoder=outputs/decoder --features=outputs/features --store=outputs/tokens
+       [--subjects=person_0003]
 
 With a portrait the AR model generates the cloud (the flags of sampling are those of `generate`); with features the
-points and hidden states are there already. `--tracker` is the flame_param.npz that a FLAME tracker found in the
-portrait. Writes <workdir>/<name>/ (avatar bundle: gaussians.ply for any splat viewer, rig.npz, avatar.json) and
-<name>.png; show them in motion with `experiments.animate --avatar=<workdir>/<name>`.
+points and hidden states are there already, and only a decoder with cross-attention needs `--ar`. `--tracker` is what a
+FLAME tracker found in the portrait. Writes <workdir>/<name>/ (avatar bundle: gaussians.ply for any splat viewer,
+rig.npz, avatar.json) and <name>.png; show them in motion with `experiments.animate --avatar=<workdir>/<name>`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +25,18 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.common import open_workdir, run
-from experiments.drawing import Person, define_drawing, draw_clouds
+from experiments.common import refuse_flags, run
+from experiments.drawing import Drawing, Person, define_drawing, draw_clouds
 from experiments.heads import named_head
 from experiments.media import write_image
-from experiments.trained import Contexts, load_ar
+from experiments.portraits import PortraitFlags
+from experiments.trained import Contexts, TrainedAR, load_ar
 from pointillist_jax.cameras import orbit
 from pointillist_jax.configs import DecoderConfig, config_from_json
-from pointillist_jax.data.images import load_rgba, square_portrait
 from pointillist_jax.data.point_features import FeatureSet
-from pointillist_jax.data.subjects import flame_fields
 from pointillist_jax.data.token_store import StoreSpec, open_store, read_spec, spec_difference
 from pointillist_jax.files import UserError
 from pointillist_jax.flame import FlameModel, FlameParams
-from pointillist_jax.flame.param_files import load_flame_params
 from pointillist_jax.gaussians import Avatar, save_avatar
 from pointillist_jax.playback import AvatarRenderer
 from pointillist_jax.reconstruct import decode_avatar
@@ -42,10 +44,9 @@ from pointillist_jax.training.checkpoints import load_params
 
 DECODER = flags.DEFINE_string("decoder", None, "Workdir of experiments.train_decoder.")
 AR = flags.DEFINE_string("ar", None, "Workdir of experiments.train_ar, whose features the decoder was trained on.")
-STEP = flags.DEFINE_integer("step", None, "Its checkpoint; the newest if not given.", lower_bound=0)
+STEP = flags.DEFINE_integer("step", None, "Checkpoint of --ar; the newest if not given.", lower_bound=0)
 WORKDIR = flags.DEFINE_string("workdir", "outputs/avatars", "Where the avatars go.")
-PORTRAIT = flags.DEFINE_string("portrait", None, "A photograph of a head.")
-TRACKER = flags.DEFINE_string("tracker", None, "Its FLAME parameters: a flame_param.npz; neutral ones if not given.")
+portrait_flags = PortraitFlags()
 FEATURES = flags.DEFINE_string(
     "features", None, "Instead of a portrait: point features of experiments.extract_features."
 )
@@ -60,33 +61,85 @@ drawing_flags = define_drawing()
 
 def main() -> None:
     start = time.perf_counter()
-    if (PORTRAIT.value is None) == (FEATURES.value is None):
+    portrait, workdir = portrait_flags.path, Path(WORKDIR.value)
+    if (portrait is None) == (FEATURES.value is None):
         raise UserError("give either --portrait=<a photograph> or --features=<a folder of point features>.")
-    params, config, spec, checkpoint = load_decoder(DECODER.value)
-    head = named_head(spec.flame_source, spec.flame_sha256, DECODER.value, FLAME.value)
-    source = from_portrait if PORTRAIT.value else from_features
-    made = source(params, config, spec, checkpoint, head)
-    workdir = Path(WORKDIR.value)
-    first = True
+    portrait_flags.check()
+    trained_decoder = load_decoder(DECODER.value)
+    if portrait is not None:
+        refuse_flags(("store", "subjects"), "with --portrait, which shows one person")
+        names: Sequence[str] = (portrait.stem,)
+        made = from_portrait(trained_decoder)
+    else:
+        refuse_flags([field.name for field in dataclasses.fields(Drawing)], "with --features, whose points are there")
+        if not trained_decoder.config.cross_attention:
+            unread = ("ar", "step", "image_weights", "point_weights")
+            refuse_flags(unread, "with --features, unless the decoder has cross-attention")
+        features = FeatureSet(FEATURES.value)
+        names = tuple(dict.fromkeys(SUBJECTS.value or features.subjects))
+        if unknown := [name for name in names if name not in features.subjects]:
+            features.load(unknown[0])  # Says who is there.
+        made = from_features(trained_decoder, features, names)
+    check_outputs(workdir, names)
     for name, avatar, provenance in made:
-        if first:
-            open_workdir(workdir, [], resume=True, overwrite=False)
-            first = False
-        if (workdir / name).exists() and not OVERWRITE.value:
-            raise UserError(f"{workdir / name} exists; give --overwrite to replace it, or another --workdir.")
         save_avatar(workdir / name, avatar, provenance={"made_by": "experiments.reconstruct", **provenance})
-        write_image(workdir / f"{name}.png", views_of(avatar, head))
+        write_image(workdir / f"{name}.png", views_of(avatar, trained_decoder.head))
         print(f"  {name}: {avatar.gaussians.num_gaussians} Gaussians")
     print(f"\ndone in {time.perf_counter() - start:.0f} s; everything lies in {workdir}/:")
     print("  <name>/     avatar bundle: gaussians.ply (any splat viewer), rig.npz, avatar.json")
     print("  <name>.png  front, three-quarter and side view")
 
 
-def load_decoder(workdir: str | None) -> tuple[Any, DecoderConfig, StoreSpec, dict[str, Any]]:
-    """Parameters, config, store spec and AR checkpoint of a run of experiments.train_decoder.
+def check_outputs(workdir: Path, names: Sequence[str]) -> None:
+    """Raises UserError if something is in the way of these people's avatars: before hours of drawing, not after."""
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; name a folder.")
+    portrait = portrait_flags.path
+    for name in names:
+        bundle, picture = workdir / name, workdir / f"{name}.png"
+        if bundle.exists() and not (bundle / "avatar.json").is_file():
+            raise UserError(f"{bundle} exists and is no avatar bundle; name another --workdir.")
+        if portrait is not None and picture.exists() and picture.samefile(portrait):
+            raise UserError(f"{picture} is the portrait itself and would be replaced; name another --workdir.")
+        if not OVERWRITE.value and (found := next((p for p in (bundle, picture) if p.exists()), None)):
+            raise UserError(f"{found} exists; give --overwrite to replace it, or another --workdir.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedDecoder:
+    """What `experiments.train_decoder` left.
+
+    Attributes:
+      workdir: of the training.
+      params, config: of the decoder.
+      spec: of the token store of its features.
+      checkpoint: identifies the AR model of its features.
+      head: of the store.
+    """
+
+    workdir: str
+    params: Any
+    config: DecoderConfig
+    spec: StoreSpec
+    checkpoint: dict[str, Any]
+    head: FlameModel
+
+    def load_ar(self) -> TrainedAR:
+        """The AR model of --ar. Raises UserError unless it is the one whose features the decoder was trained on."""
+        trained = load_ar(AR.value, STEP.value, FLAME.value)
+        trained.check_checkpoint(self.checkpoint, "the features the decoder was trained on")
+        if difference := spec_difference(trained.spec, self.spec):
+            raise UserError(
+                f"{AR.value} was trained with {difference}, as the decoder: name the AR model it belongs to."
+            )
+        return trained
+
+
+def load_decoder(workdir: str | None) -> TrainedDecoder:
+    """The newest checkpoint of a run of experiments.train_decoder.
 
     Raises:
-      UserError: no workdir named, the run of another script, or one without clouds.
+      UserError: no workdir named, the run of another script, one without clouds, or of a head that --flame is not.
       FileNotFoundError: no checkpoint there.
     """
     if workdir is None:
@@ -100,71 +153,66 @@ def load_decoder(workdir: str | None) -> tuple[Any, DecoderConfig, StoreSpec, di
     if config.points == "flame_vertices":
         raise UserError(f"{workdir} was trained on the head's vertices, an ablation without clouds; name another one.")
     checkpoint = meta["features"].get("checkpoint")
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     spec = read_spec(Path(workdir), meta["features"])
-    return jax.tree.map(jnp.asarray, params), config, spec, checkpoint if isinstance(checkpoint, dict) else {}
+    head = named_head(spec.flame_source, spec.flame_sha256, workdir, FLAME.value)
+    return TrainedDecoder(workdir, jax.tree.map(jnp.asarray, params), config, spec, checkpoint, head)
 
 
-def from_features(params, config: DecoderConfig, spec: StoreSpec, checkpoint: dict[str, Any], head: FlameModel):
+def from_features(
+    decoder: TrainedDecoder, features: FeatureSet, names: Sequence[str]
+) -> Iterator[tuple[str, Avatar, dict[str, Any]]]:
     """Yields (name, avatar, provenance) of a feature set's people."""
-    features = FeatureSet(FEATURES.value, flame_sha256=head.sha256)
+    spec, head, config = decoder.spec, decoder.head, decoder.config
     if difference := spec_difference(features.spec.store, spec):
         raise UserError(f"{FEATURES.value} was made with {difference}, as the decoder was trained: extract again.")
-    if dict(features.spec.checkpoint) != checkpoint:
+    if dict(features.spec.checkpoint) != decoder.checkpoint:
         raise UserError(
             f"{FEATURES.value} are of step {features.spec.checkpoint.get('step')} of an AR model, the decoder was "
-            f"trained on those of step {checkpoint.get('step')} of another one or another run: extract again."
+            f"trained on those of step {decoder.checkpoint.get('step')} of another one or another run: extract again."
         )
     if SHAPES.value is None:
         raise UserError("--features needs --store, the token store they were extracted from: it knows the shapes.")
     store = open_store(SHAPES.value, spec.tokenizer, flame_sha256=spec.flame_sha256)
+    identities = [store.identity(store.index(name)) for name in names]
     contexts = None
     if config.cross_attention:
-        contexts = Contexts(load_ar(AR.value, STEP.value, FLAME.value), store, IMAGE_WEIGHTS.value, POINT_WEIGHTS.value)
-    for name in SUBJECTS.value or features.subjects:
-        cloud, identity = features.load(name), store.identity(store.index(name))
+        if AR.value is None:
+            raise UserError("this decoder has cross-attention to the AR model's context: name that model with --ar.")
+        contexts = Contexts(decoder.load_ar(), store, IMAGE_WEIGHTS.value, POINT_WEIGHTS.value)
+    for name, identity in zip(names, identities, strict=True):
+        cloud = features.load(name)
         canonical = head.neutral_params().replace(**{k: jnp.asarray(v) for k, v in identity.items()})
         canonical = canonical.canonical(spec.canonical_jaw)
         context = None if contexts is None else contexts([contexts.condition(name)])[0]
-        avatar = decode_avatar(params, config, head, canonical, cloud.points, cloud.binding, cloud.hidden, context)
+        avatar = decode_avatar(
+            decoder.params, config, head, canonical, cloud.points, cloud.binding, cloud.hidden, context
+        )
         yield name, avatar, {"features": dict(features.spec.checkpoint), "source": features.spec.source}
 
 
-def from_portrait(params, config: DecoderConfig, spec: StoreSpec, checkpoint: dict[str, Any], head: FlameModel):
+def from_portrait(decoder: TrainedDecoder) -> Iterator[tuple[str, Avatar, dict[str, Any]]]:
     """Yields (name, avatar, provenance) of the person on --portrait."""
-    trained = load_ar(AR.value, STEP.value, FLAME.value)
-    trained.check_checkpoint(checkpoint, "the features the decoder was trained on")
-    if difference := spec_difference(trained.spec, spec):
-        raise UserError(f"{AR.value} was trained with {difference}, as the decoder: name the AR model it belongs to.")
-    if config.uses_features and config.feature_width != trained.model.width:
-        raise UserError(f"{AR.value} has width {trained.model.width}, the decoder reads {config.feature_width}.")
-    path = Path(PORTRAIT.value)
-    image = square_portrait(load_rgba(path), spec.portrait_size)
-    if TRACKER.value is None:
-        print(
-            "warning: no --tracker: a neutral head of mean shape; give the flame_param.npz of a tracker for a likeness."
-        )
-        tracked = head.neutral_params()
-    else:
-        tracked = load_flame_params(TRACKER.value, head).timestep(0)
-    condition = {"portrait": image, "flame": flame_fields(tracked)}
+    config, trained = decoder.config, decoder.load_ar()
+    portrait = portrait_flags.read(decoder.spec, decoder.head)
     contexts = Contexts(trained, None, IMAGE_WEIGHTS.value, POINT_WEIGHTS.value)
-    drawing = drawing_flags(None)
-    person = Person(path.stem, condition, 0)
-    for _, cloud, seconds in draw_clouds(trained, [person], contexts, drawing, 1, return_hidden=True):
+    person = Person(portrait.path.stem, portrait.condition, 0)
+    for _, cloud, seconds in draw_clouds(trained, [person], contexts, drawing_flags(None), 1, return_hidden=True):
         num = int(cloud.num_points[0])
         if num == 0:
             raise UserError("the model generated no points: train it longer, or try another --seed.")
         avatar = decode_avatar(
-            params,
+            decoder.params,
             config,
-            head,
-            tracked.canonical(spec.canonical_jaw),
+            decoder.head,
+            portrait.tracked.canonical(decoder.spec.canonical_jaw),
             np.asarray(cloud.points)[0][:num],
             np.asarray(cloud.binding)[0][:num],
             np.asarray(cloud.hidden)[0][:num] if config.uses_features else None,
-            contexts([condition])[0] if config.cross_attention else None,
+            contexts([portrait.condition])[0] if config.cross_attention else None,
         )
-        yield path.stem, avatar, {"portrait": path.name, "ar": trained.checkpoint, "seconds": round(seconds, 2)}
+        made = {"portrait": portrait.path.name, "ar": trained.checkpoint, "seconds": round(seconds, 2)}
+        yield person.name, avatar, made
 
 
 def views_of(avatar: Avatar, head: FlameModel, size: int = 256) -> np.ndarray:

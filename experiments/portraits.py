@@ -1,0 +1,79 @@
+"""A photograph of somebody and what a FLAME tracker found in it: what `generate` and `reconstruct` share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+
+from experiments.common import refuse_flags
+from pointillist_jax.data.images import load_rgba, square_portrait
+from pointillist_jax.data.subjects import flame_fields
+from pointillist_jax.data.token_store import StoreSpec
+from pointillist_jax.files import UserError
+from pointillist_jax.flame import FlameModel, FlameParams
+from pointillist_jax.flame.param_files import load_flame_params
+
+
+class Portrait(NamedTuple):
+    """Who is on --portrait.
+
+    Attributes:
+      path: of the photograph.
+      image: [side, side, 3] uint8, on white.
+      tracked: FLAME parameters without a time axis; neutral ones if there is no tracker.
+    """
+
+    path: Path
+    image: np.ndarray
+    tracked: FlameParams
+
+    @property
+    def condition(self) -> dict[str, Any]:
+        """What the AR model is conditioned on."""
+        return {"portrait": self.image, "flame": flame_fields(self.tracked)}
+
+
+class PortraitFlags:
+    """--portrait, --tracker and --timestep. Make one at import; the rest is for `main`."""
+
+    def __init__(self):
+        self._portrait = flags.DEFINE_string("portrait", None, "A photograph of a head.")
+        self._tracker = flags.DEFINE_string(
+            "tracker", None, "Its FLAME parameters: a flame_param.npz; neutral ones if not given."
+        )
+        self._timestep = flags.DEFINE_integer(
+            "timestep", 0, "Which timestep of --tracker shows the portrait.", lower_bound=0
+        )
+
+    @property
+    def path(self) -> Path | None:
+        """Of --portrait."""
+        return Path(self._portrait.value) if self._portrait.value else None
+
+    def check(self) -> None:
+        """Raises UserError for flags that would do nothing without the one they belong to."""
+        if self.path is None:
+            refuse_flags(("tracker", "timestep"), "without --portrait, which it belongs to")
+        if self._tracker.value is None:
+            refuse_flags(("timestep",), "without --tracker, whose timestep it is")
+
+    def read(self, spec: StoreSpec, head: FlameModel) -> Portrait:
+        """The portrait at the size that models of this store see, and its head.
+
+        Raises:
+          UserError: an image or a parameter file that is damaged; a timestep that the file does not have.
+        """
+        image = square_portrait(load_rgba(self.path), spec.portrait_size)
+        if self._tracker.value is None:
+            print(
+                "warning: no --tracker: the model is told a neutral head of mean shape, so only the photograph says "
+                "who this is; give the flame_param.npz of a FLAME tracker for a likeness of shape."
+            )
+            return Portrait(self.path, image, head.neutral_params())
+        params, t = load_flame_params(self._tracker.value, head), self._timestep.value
+        if t >= len(params.expr):
+            raise UserError(f"{self._tracker.value} holds {len(params.expr)} timesteps; --timestep={t} is none.")
+        return Portrait(self.path, image, params.timestep(t))
