@@ -6,8 +6,8 @@
        [--compare=all] [--mesh=data:4]
 
 `experiments.extract_features` makes the features. Subjects are those of the features that have a capture; the same
-ones are held out as in stage one. `--compare=all` trains the method
-and its ablations one after another, in folders of their own, and prints one table. Several processes: as `train_ar`.
+ones are held out as in stage one. `--compare=all` trains the method and its ablations one after another, in folders of
+their own, and prints one table; --resume goes on with the one that was stopped. Several processes: as `train_ar`.
 
 Writes checkpoints/, metrics.jsonl, tensorboard/, strips/ (renders above photographs), curve.png and card.json. SIGTERM
 and Ctrl-C save and stop; --resume goes on from the newest checkpoint, on the same mesh bit for bit.
@@ -19,15 +19,17 @@ import dataclasses
 import json
 import logging
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import imageio.v3 as iio
 import jax
 import numpy as np
 from absl import flags
 
 from experiments.charts import line_chart
-from experiments.common import open_shared_workdir, resume_check, run
+from experiments.common import open_shared_workdir, refuse_flags, resume_check, run
 from experiments.config_flags import define_config
 from experiments.heads import named_head
 from experiments.media import write_image
@@ -54,6 +56,7 @@ WORKDIR = flags.DEFINE_string("workdir", "outputs/decoder", "Where the run goes.
 FLAME = flags.DEFINE_string("flame", None, "Your FLAME .pkl, if the features were made with it.")
 VGG = flags.DEFINE_string("vgg", None, "torchvision's vgg16-397923af.pth, for LPIPS; without it that loss is off.")
 AR = flags.DEFINE_string("ar", None, "With decoder.cross_attention: the workdir of experiments.train_ar.")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint of --ar; the newest if not given.", lower_bound=0)
 STORE = flags.DEFINE_string("store", None, "With decoder.cross_attention: the token store, for the portraits.")
 DOWNSCALE = flags.DEFINE_integer("downscale", 1, "Divide the pictures' sides by this.", lower_bound=1)
 IDENTITY = flags.DEFINE_enum("identity", "check", ("check", "first"), "As experiments.fit.")
@@ -85,6 +88,8 @@ STREAMS = {
     "people": "unseen people, unseen camera",
     "people_expressions": "unseen people, unseen expressions",
 }
+# Of config.data, what a stream of stage two reads.
+_LOADING = ("num_workers", "num_threads", "prefetch")
 _log = logging.getLogger(__name__)
 
 
@@ -117,9 +122,10 @@ def main() -> None:
     start_processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     start = time.perf_counter()
     config = CONFIG()
+    check_flags(config)
+    variants = chosen_variants() if COMPARE.value else {"": {}}
     data = load_data(config)
     workdir = open_shared_workdir(WORKDIR.value, OUTPUTS, resume=RESUME.value, overwrite=OVERWRITE.value)
-    variants = chosen_variants() if COMPARE.value else {"": {}}
     table: dict[str, Any] = {}
     for name, change in variants.items():
         if name:
@@ -144,6 +150,21 @@ def main() -> None:
     print("  metrics.jsonl        one line per logged step; tensorboard/ shows the same")
     print("  strips/              renders above photographs, at every evaluation")
     print("  curve.png, card.json the loss; scores of all held-out views")
+
+
+def check_flags(config: Config) -> None:
+    """Raises UserError for flags that would do nothing."""
+    decoder_, data = "config.decoder.", (field.name for field in dataclasses.fields(config.data))
+    found = [decoder_ + name for name in ("feature_width", "context_width", "lower", "upper")]
+    refuse_flags(found, "here: the features decide it")
+    refuse_flags([f"config.data.{name}" for name in data if name not in _LOADING], "in stage two: the features have it")
+    refuse_flags([f"{decoder_}train.z_loss"], "in stage two, which has no logits")
+    if COMPARE.value:
+        refuse_flags([f"{decoder_}inputs", f"{decoder_}points"], "with --compare, which chooses both")
+    if not config.decoder.cross_attention:
+        refuse_flags(("ar", "step", "store"), "without --config.decoder.cross_attention")
+    if not config.decoder.lambda_lpips:
+        refuse_flags(("vgg",), "with decoder.lambda_lpips=0")
 
 
 def chosen_variants() -> dict[str, dict[str, str]]:
@@ -191,7 +212,7 @@ def make_contexts(names: tuple[str, ...], features: FeatureSet) -> dict[str, np.
     """The AR model's context of each person's portrait, once for the whole training: it is frozen."""
     if AR.value is None or STORE.value is None:
         raise UserError("decoder.cross_attention needs --ar and --store: the model and the store of the features.")
-    trained, store = load_ar(AR.value, flame=FLAME.value), open_store(STORE.value)
+    trained, store = load_ar(AR.value, STEP.value, FLAME.value), open_store(STORE.value)
     trained.check_checkpoint(features.spec.checkpoint, "the features")
     if difference := spec_difference(store.spec, features.spec.store):
         raise UserError(f"{STORE.value} was made with {difference}, as the features: name the store they came from.")
@@ -230,11 +251,12 @@ def train_decoder(
     stream = iter(subject_batches(source, run_.batch_size, prefetch=config.data.prefetch, **loading))
     width, height = data.size
 
+    held_back = {"views": (data.training, "val"), "expressions": (data.training, "test")}
+    held_back |= {"people": (data.held_out, "val"), "people_expressions": (data.held_out, "test")}
+
     def streams(limit: int) -> dict[str, Any]:
         found = {}
-        who = {"views": (data.training, "val"), "expressions": (data.training, "test")}
-        who |= {"people": (data.held_out, "val"), "people_expressions": (data.held_out, "test")}
-        for name, (captures, split) in who.items():
+        for name, (captures, split) in held_back.items():
             if sum(len(c.split(split)) for c in captures):
                 test = SubjectViews(captures, clouds, split=split, shuffle=False, limit=limit, **shared)
                 found[name] = lambda test=test: subject_batches(test, run_.batch_size, **shares)
@@ -271,8 +293,9 @@ def train_decoder(
         )  # fmt: skip
 
         evaluation = decoder.Evaluation(settings, frozen, devices, width, height, capacity=meta["capacity"])
-        few, strips = streams(settings.eval_views), None if jax.process_index() else Strips(workdir)
-        first = int(state.step)
+        first, few = int(state.step), streams(settings.eval_views)
+        names = {name: [c.subject for c in captures] for name, (captures, _) in held_back.items()}
+        strips = None if jax.process_index() else Strips(workdir, names, lambda: first + step.taken)
         state, stopped = train(
             state,
             step,
@@ -303,19 +326,30 @@ def largest_cloud(clouds, captures) -> int:
 
 
 class Strips:
-    """Writes `strips/<evaluation>_<stream>.png`: renders above photographs."""
+    """Writes `strips/<step>_<stream>.png`: renders, named by subject, above photographs, named by camera and timestep.
 
-    def __init__(self, workdir: Path):
-        self._workdir = workdir
+    A picture that is there already is never replaced: one that differs gets a number of its own.
+    """
 
-    def __call__(self, stream: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        logged = [line["step"] for line in read_metrics(self._workdir) if "loss" in line]
-        step = logged[-1] if logged else 0
-        if pairs:
-            rows = [p[0] for p in pairs] + [p[1] for p in pairs]
-            labels = ["rendered"] * len(pairs) + ["photograph"] * len(pairs)
-            sheet = contact_sheet(rows, labels, len(pairs))
-            write_image(self._workdir / "strips" / f"{step:06d}_{stream}.png", sheet)
+    def __init__(self, workdir: Path, subjects: Mapping[str, Sequence[str]], step: Callable[[], int]):
+        """`subjects`: stream → the names its numbers stand for; `step`: tells how far the training is."""
+        self._folder, self._subjects, self._step = workdir / "strips", subjects, step
+
+    def __call__(self, stream: str, views: Sequence[decoder.ShownView]) -> None:
+        if not views:
+            return
+        names = [self._subjects[stream][view.subject] for view in views]
+        labels = names + [f"c{view.camera} t{view.timestep}" for view in views]
+        sheet = contact_sheet([v.rendered for v in views] + [v.photograph for v in views], labels, len(views))
+        name, number = f"{self._step():06d}_{stream}", 1
+        path = self._folder / f"{name}.png"
+        while path.exists():
+            # A resumed run draws the same picture again.
+            if np.array_equal(iio.imread(path), np.uint8(np.round(255 * sheet))):
+                return
+            number += 1
+            path = self._folder / f"{name}_{number}.png"
+        write_image(path, sheet)
 
 
 def write_card(

@@ -12,7 +12,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +142,7 @@ class GrowingStep:
     """The train step with a capacity that grows: a step whose pictures did not fit is done again with more room.
 
     Call it as `training.loop.train` does. `capacity` is what is in use; it belongs into the checkpoint (`meta`),
-    because another one may round differently.
+    because another one may round differently. `taken` counts the steps.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class GrowingStep:
     ):
         """`state`: one that lies as those that will be stepped; the other arguments as `make_loss`."""
         self.capacity, self._frozen, self._on_grow = capacity, frozen, on_grow
-        self._exact = renders_exactly(backend)
+        self._exact, self.taken = renders_exactly(backend), 0
         settings: TrainConfig = config.train
 
         def step(state, batch, frozen, capacity):
@@ -176,6 +176,7 @@ class GrowingStep:
             overflow, needed = metrics.pop("overflow"), metrics.pop("intersections")
             # gsplat has no bound, and asking would make the device wait for the host.
             if self._exact or float(jax.device_get(overflow)) == 0:
+                self.taken += 1
                 return state, metrics
             self.capacity = grown(self.capacity, float(jax.device_get(needed)))
             _log.warning(
@@ -202,6 +203,21 @@ def grown(capacity: int, needed: float) -> int:
     need = max(int(1.25 * needed), capacity + 1, 1024)
     step = 1 << max(need.bit_length() - 2, 0)
     return -(-need // step) * step
+
+
+class ShownView(NamedTuple):
+    """One view of an evaluation, to look at.
+
+    Attributes:
+      rendered, photograph: [H, W, 3] float in [0, 1].
+      subject: number in the stream's source. timestep, camera: of the capture.
+    """
+
+    rendered: np.ndarray
+    photograph: np.ndarray
+    subject: int
+    timestep: int
+    camera: int
 
 
 class Evaluation:
@@ -233,7 +249,7 @@ class Evaluation:
         self,
         params: Params,
         streams: Mapping[str, Callable[[], Iterable[Mapping[str, Any]]]],
-        strips: Callable[[str, list[tuple[np.ndarray, np.ndarray]]], None] | None = None,
+        strips: Callable[[str, list[ShownView]], None] | None = None,
         num_strips: int = 6,
         bar: bool = False,
     ) -> dict[str, float]:
@@ -241,8 +257,8 @@ class Evaluation:
 
         Args:
           streams: name → makes a stream (`subject_batches` of a source that does not shuffle).
-          strips: gets a stream's name and its first pictures: (rendered, photograph), [H, W, 3] float in [0, 1]; of
-            this process's subjects.
+          strips: gets a stream's name and its first pictures, one of each record of this process's.
+          num_strips: at most so many.
           bar: show progress.
 
         Returns:
@@ -251,7 +267,7 @@ class Evaluation:
         found = {}
         for name, stream in streams.items():
             totals: dict[str, np.ndarray] = {}
-            pictures: list[tuple[np.ndarray, np.ndarray]] = []
+            pictures: list[ShownView] = []
             for batch in tqdm(stream(), desc=f"score {name}", unit="batch", disable=not bar):
                 batch = dict(batch)
                 with jax.set_mesh(self._mesh):
@@ -264,19 +280,27 @@ class Evaluation:
                 for key in set(extra) - {"overflow", "intersections", "offset_mm"}:
                     totals[key] = totals.get(key, np.zeros(2)) + np.array([float(x) for x in extra[key]])
                 if strips is not None and len(pictures) < num_strips:
-                    pictures += _pairs(images, batch)
+                    pictures += _shown(images, batch)
             found |= {f"{name}_{key}": float(v / max(n, 1)) for key, (v, n) in totals.items()}
             if strips is not None:
                 strips(name, pictures[:num_strips])
         return found
 
 
-def _pairs(images: Array, batch: Mapping[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(rendered, photograph) of one view of each of this process's subjects."""
+def _shown(images: Array, batch: Mapping[str, Any]) -> list[ShownView]:
+    """One view of each of this process's subjects."""
     shards = sorted(images.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     rows = np.concatenate([np.asarray(s.data) for s in shards if s.replica_id == 0])
-    real = np.flatnonzero(np.asarray(batch["weight"])[:, 0] > 0)
-    return [(np.clip(rows[i, 0], 0, 1), np.asarray(batch["image"][i, 0], np.float32) / 255) for i in real]
+    return [
+        ShownView(
+            np.clip(rows[i, 0], 0, 1),
+            np.asarray(batch["image"][i, 0], np.float32) / 255,
+            int(batch["subject"][i]),
+            int(batch["timestep"][i, 0]),
+            int(batch["camera"][i, 0]),
+        )
+        for i in np.flatnonzero(np.asarray(batch["weight"])[:, 0] > 0)
+    ]
 
 
 def _render_rows(head: FlameModel, decoded: Decoded, batch, *, width: int, height: int, capacity, backend: str):

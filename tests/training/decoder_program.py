@@ -15,7 +15,7 @@ from absl import flags
 from pointillist_jax.data.subject_views import FeatureClouds, SubjectViews, subject_batches
 from pointillist_jax.models.gaussian_decoder import param_specs
 from pointillist_jax.models.layers import init_params
-from pointillist_jax.sharding import make_mesh, shard_batch, shardings_for
+from pointillist_jax.sharding import make_mesh, shard_batch, shardings_for, start_processes
 from pointillist_jax.training import decoder
 from pointillist_jax.training.state import init_state, make_optimizer
 from tests.training.decoder_scene import CONFIG, open_people
@@ -89,22 +89,27 @@ def grow(people: Path) -> None:
     print(json.dumps(found))
 
 
-def train(people: Path, workdir: Path, steps: int) -> None:
-    """Trains to `steps`, or goes on; held-out evaluation and card included."""
+def train(people: Path, workdir: Path, steps: int, mesh: str = "", port: int = 0, process: int = 0) -> None:
+    """Trains to `steps`, or goes on; held-out evaluation and card included.
+
+    With a port this is one of two processes. On a mesh a batch has a subject for each of four devices.
+    """
     from experiments.train_decoder import Data, train_decoder
 
     flags.FLAGS(["decoder_program"])
+    if port:
+        start_processes(f"localhost:{port}", 2, process)
     head, features, captures = open_people(people)
-    settings = dataclasses.replace(CONFIG.decoder.train, steps=steps)
+    settings = dataclasses.replace(CONFIG.decoder.train, steps=steps, **({"batch_size": 4} if mesh else {}))
     config = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, train=settings))
     data = Data(features, head, (captures[0],), (captures[1],))
-    state, stopped = train_decoder(data, config, workdir, bar=False)
+    state, stopped = train_decoder(data, config, workdir, mesh=mesh, bar=False)
     print("stopped by", stopped) if stopped else print("done", int(state.step))
 
 
 if __name__ == "__main__":
-    people = Path(sys.argv[2])
+    people, rest = Path(sys.argv[2]), sys.argv[3:]
     if sys.argv[1] in ("meshes", "grow"):
         {"meshes": meshes, "grow": grow}[sys.argv[1]](people)
     else:
-        train(people, Path(sys.argv[3]), int(sys.argv[4]))
+        train(people, Path(rest[0]), int(rest[1]), *rest[2:3], *map(int, rest[3:]))

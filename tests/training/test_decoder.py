@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pointillist_jax.configs import preset
+from pointillist_jax.convert import lpips_from_torch
 from pointillist_jax.data.subject_views import FeatureClouds, SubjectViews, TemplateClouds, subject_batches
 from pointillist_jax.files import UserError
 from pointillist_jax.flame import flame_vertices
+from pointillist_jax.models.gaussian_decoder import Decoded
+from pointillist_jax.training import decoder
 from pointillist_jax.training.checkpoints import Checkpoints, load_params
 from pointillist_jax.training.metric_log import read_metrics
 from pointillist_jax.training.state import TrainState
+from tests.losses.test_lpips import by_torch, random_vgg
 from tests.training.decoder_scene import CONFIG, open_people, write_people
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,6 +106,67 @@ def test_template_clouds_are_the_canonical_vertices(opened):
     assert clouds.num_points("bob") == head.num_vertices
 
 
+def test_the_composed_loss_is_the_papers_in_float64(rng, monkeypatch):
+    """1·L1 + 0.5·(1 − SSIM) + 0.1·LPIPS + 0.1·Reg of random pictures, by NumPy and torch; and its gradients."""
+    torch = pytest.importorskip("torch")
+    B, K, P, H, W = 2, 2, 7, 16, 19
+    images, target = rng.uniform(size=(B, K, H, W, 3)), rng.integers(0, 256, (B, K, H, W, 3))
+    offsets, lengths = rng.normal(0, 0.3, (B, P, 3)), np.array([7, 5])
+    offsets[1, 5:] = 0  # As the decoder leaves padding.
+    weight = np.array([[1.0, 1.0], [1.0, 0.0]])
+    vgg = random_vgg(rng)
+    config = dataclasses.replace(CONFIG.decoder, lambda_l1=1.0, lambda_ssim=0.5, lambda_lpips=0.1, lambda_reg=0.1)
+    assert config == dataclasses.replace(config, **{n: getattr(preset("paper").decoder, n) for n in vars(config)
+                                                    if n.startswith("lambda_")})  # fmt: skip
+
+    # Parameters of the loss are here what it compares: pictures and offsets.
+    def no_renderer(head, decoded, batch, width, height, **how):
+        zeros = {name: jnp.zeros((B, K), jnp.int32) for name in ("overflow", "intersections")}
+        return decoded.gaussians, zeros
+
+    monkeypatch.setattr(decoder, "decode_batch", lambda params, *rest: Decoded(*params))
+    monkeypatch.setattr(decoder, "render_views", no_renderer)
+    batch = {"image": target.astype(np.uint8), "weight": weight, "num_points": lengths}
+
+    def total(params, lpips_params):
+        loss_fn = decoder.make_loss(config, {"head": None, "lpips": lpips_params}, W, H)
+        loss, count, extra = loss_fn(params, batch, None)
+        return loss / count, extra
+
+    params = tuple(jnp.asarray(x, jnp.float32) for x in (images, offsets))
+    both = jax.jit(jax.value_and_grad(total, has_aux=True))
+    (found, extra), gradients = both(params, lpips_from_torch(vgg))
+
+    x, o = torch.tensor(images, requires_grad=True), torch.tensor(offsets, requires_grad=True)
+    flat, y = (v.reshape(B * K, H, W, 3).permute(0, 3, 1, 2) for v in (x, torch.tensor(target / 255)))
+    distance = by_torch(torch, vgg, 2 * flat - 1, 2 * y - 1)
+    each = (flat - y).abs().mean((1, 2, 3)) + 0.5 * (1 - torch_ssim(torch, flat, y)) + 0.1 * distance
+    square = (o**2).sum((1, 2)) / torch.tensor(lengths)
+    each = each.reshape(B, K) + 0.1 * square[:, None]
+    expected = (each * torch.tensor(weight)).sum() / 3
+    expected.backward()
+    assert distance.min() > 0.01
+    assert float(found) == pytest.approx(expected.item(), rel=1e-5)
+    for gradient, theirs in zip(gradients, (x.grad, o.grad), strict=True):
+        np.testing.assert_allclose(gradient, theirs, atol=1e-4 * float(theirs.abs().max()))
+    assert not np.any(gradients[0][1, 1])  # The view that does not count.
+    decibels = -10 * np.log10(((images - target / 255) ** 2).mean((2, 3, 4)))
+    np.testing.assert_allclose(extra["psnr"][0] / extra["psnr"][1], (decibels * weight).sum() / 3, rtol=1e-5)
+    millimetres = 1e3 * np.sqrt(square.detach().numpy()).mean()
+    np.testing.assert_allclose(extra["offset_mm"][0] / extra["offset_mm"][1], millimetres, rtol=1e-5)
+
+
+def torch_ssim(torch, x, y):
+    """The 3DGS definition, [N, 3, H, W] in float64 → [N]."""
+    window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+    kernel = torch.tensor(np.outer(window, window) / window.sum() ** 2).expand(3, 1, 11, 11)
+    blur = functools.partial(torch.nn.functional.conv2d, weight=kernel, padding=5, groups=3)
+    mx, my = blur(x), blur(y)
+    vx, vy, cov = blur(x * x) - mx**2, blur(y * y) - my**2, blur(x * y) - mx * my
+    ratio = (2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
+    return ratio.mean((1, 2, 3))
+
+
 def run_program(*arguments, devices: int = 1, wait: bool = True):
     environment = os.environ | {
         # Compilation is most of the time; what is tested does not depend on its optimisations.
@@ -118,8 +188,8 @@ def run_program(*arguments, devices: int = 1, wait: bool = True):
 def test_resume_refuses_another_decoder(people, opened, tmp_path):
     """A checkpoint of another decoder of equal shapes; only its meta is read."""
     features = opened[1].spec
-    decoder = CONFIG.decoder.for_features(features.store.tokenizer, features.width)
-    other = dataclasses.replace(CONFIG, decoder=dataclasses.replace(decoder, max_offset=0.25))
+    settings = CONFIG.decoder.for_features(features.store.tokenizer, features.width)
+    other = dataclasses.replace(CONFIG, decoder=dataclasses.replace(settings, max_offset=0.25))
     state = TrainState(np.int32(5), {"w": np.zeros(2)}, (), None, jax.random.PRNGKey(0))
     meta = {"config": dataclasses.asdict(other), "features": features.to_json(), "capacity": 64}
     with Checkpoints(tmp_path) as checkpoints:
@@ -153,6 +223,36 @@ def test_four_devices_agree_with_one(people):
         assert each["loss"] < 1e-5, mesh
         assert each["gradients"] < 1e-5 * each["largest"], mesh
         assert each["largest"] > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data:4", "data:2,fsdp:2"])
+def test_two_processes_are_one(people, tmp_path, mesh):
+    """Two processes of two devices each, against one of four: losses, held-out scores, parameters, one set of files."""
+    run_program("train", people, tmp_path / "one", 15, mesh, devices=4)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    two = tmp_path / "two"
+    both = [run_program("train", people, two, 15, mesh, port, i, devices=2, wait=False) for i in range(2)]
+    # Read side by side: a full pipe would stop one process, and with it the other.
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(lambda process: process.communicate(timeout=900)[0], both))
+    for process, text in zip(both, said, strict=True):
+        assert process.returncode == 0, text[-3000:]
+        assert "done 15" in text
+    found, expected = (read_metrics(path) for path in (two, tmp_path / "one"))
+    for name in ("loss", "psnr", "eval_views_psnr", "eval_people_ssim"):
+        a, b = ([(line["step"], line[name]) for line in lines if name in line] for lines in (found, expected))
+        assert len(a) == (1 if name.startswith("eval") else 15)
+        np.testing.assert_allclose(a, b, rtol=2e-4 if a[-1][0] > 5 else 1e-5)
+        np.testing.assert_allclose(a[0], b[0], rtol=1e-5)
+    cards = [json.loads((path / "card.json").read_text())["scores"] for path in (two, tmp_path / "one")]
+    assert cards[0].keys() == cards[1].keys()
+    np.testing.assert_allclose(list(cards[0].values()), list(cards[1].values()), rtol=1e-3)
+    for a, b in zip(*(jax.tree.leaves(load_params(p)[0]) for p in (two, tmp_path / "one")), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3 * np.abs(b).max() + 1e-6)
+    assert {p.name for p in (two / "strips").iterdir()} == {p.name for p in (tmp_path / "one/strips").iterdir()}
 
 
 @pytest.mark.slow
