@@ -3,24 +3,27 @@
     python -m experiments.bench_animate [--gaussians=5000,20000,90000] [--sizes=256,512] [--repeats=10] [--detail=full]
 
 The avatar is made up: skin-coloured Gaussians spread over the open head. Frames differ in pose, and every step is
-finished before the next is timed. Also times animation on the coarse head (five times fewer vertices): beyond one pass
-of the head model the cost must not depend on the mesh. Ends in one JSON line.
+finished before the next is timed; medians, by the wall clock and on the CPU. The same Gaussians are also animated on
+coarser and finer meshes beside the head model alone: beyond one pass of it the cost must not depend on the mesh. Ends
+in one JSON line.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
-from experiments.common import alternate, json_line, run
+from experiments.common import Seconds, alternate_clocks, json_line, milliseconds, run, whole_numbers
 from experiments.heads import DETAILS
+from experiments.made_up import made_up_avatar, subdivided
 from experiments.motions import turn_and_talk
 from pointillist_jax.cameras import orbit
-from pointillist_jax.files import UserError
-from pointillist_jax.flame import FlameModel, bind_points, flame_vertices, open_head
-from pointillist_jax.gaussians import Avatar, Gaussians
+from pointillist_jax.flame import FlameModel, flame_vertices, open_head
+from pointillist_jax.gaussians import Avatar
 from pointillist_jax.playback import AvatarRenderer
 from renderer_bridge import rasterize
 
@@ -31,53 +34,46 @@ DETAIL = flags.DEFINE_enum("detail", "full", DETAILS, "Which open head.")
 
 
 def main() -> None:
-    numbers, sizes = (_numbers(flag) for flag in (GAUSSIANS, SIZES))
-    head, coarse = open_head(DETAIL.value), open_head("coarse")
-    print(f"{jax.devices()[0].device_kind}; head {head.source}: {head.num_vertices} vertices, {head.num_faces} faces")
-    print(f"  {'Gaussians':>9} {'size':>5} {'animate':>10} {'render':>10} {'both':>10} {'frames/s':>9}")
+    counts, sizes = (whole_numbers(flag) for flag in (GAUSSIANS, SIZES))
+    head = open_head(DETAIL.value)
+    heads = [*([] if DETAIL.value == "coarse" else [open_head("coarse")]), head, subdivided(head)]
+    print(f"{jax.devices()[0].device_kind}; head {head.source}: {head.num_vertices} vertices, {head.num_faces} faces; "
+          "wall ms, CPU ms in brackets")  # fmt: skip
+    print(f"  {'Gaussians':>9} {'size':>5} {'animate':>17} {'render':>17} {'both':>17} {'frames/s':>9}")
     cases, animation = [], {}
-    for num in numbers:
-        avatar, small = made_up_avatar(head, num), made_up_avatar(coarse, num)
-        posing, posing_small = AvatarRenderer(avatar, head, 16, 16).pose, AvatarRenderer(small, coarse, 16, 16).pose
-        motion, other = turn_and_talk(head, 16), turn_and_talk(coarse, 16)
-        timed = {
-            "animate": _rotating(posing, motion),
-            "animate_coarse": _rotating(posing_small, other),
-            "head": _rotating(lambda p: _vertices(head, p), motion),
-            "head_coarse": _rotating(lambda p: _vertices(coarse, p), other),
-        }
-        animation[str(num)] = {k: round(1e3 * v, 3) for k, v in alternate(timed, REPEATS.value).items()}
+    for num in counts:
+        avatar = made_up_avatar(head, num)
         for size in sizes:
             cases.append(measure(avatar, head, size, num))
-            c = cases[-1]
-            print(f"  {num:>9} {size:>5} {c['animate_ms']:>7.2f} ms {c['render_ms']:>7.2f} ms {c['both_ms']:>7.2f} ms "
-                  f"{c['frames_per_s']:>9.1f}", flush=True)  # fmt: skip
-    for num, t in animation.items():
-        print(
-            f"  {num} Gaussians, ms: {head.num_vertices} vertices {t['animate']} (head alone {t['head']}), "
-            f"{coarse.num_vertices} vertices {t['animate_coarse']} (head alone {t['head_coarse']})"
-        )
-    json_line("animate", {"cases": cases, "animation_ms": animation})
+            cells = "".join(f" {_cell(cases[-1], name):>17}" for name in ("animate", "render", "both"))
+            print(f"  {num:>9} {size:>5}{cells} {cases[-1]['frames_per_s']:>9.1f}", flush=True)
+    print(f"  {'Gaussians':>9} {'vertices':>9} {'animate':>17} {'head alone':>17} {'beyond it':>17}")
+    for num in counts:
+        animation[str(num)] = on_meshes(heads, num)
+        for row in animation[str(num)]:
+            cells = "".join(f" {_cell(row, name):>17}" for name in ("animate", "head", "beyond"))
+            print(f"  {num:>9} {row['vertices']:>9}{cells}", flush=True)
+    json_line("animate", {"cases": cases, "animation": animation})
 
 
-def made_up_avatar(head: FlameModel, num: int, seed: int = 0) -> Avatar:
-    """`num` flat Gaussians of random greys and browns on random places of the canonical mesh."""
-    rng = np.random.default_rng(seed)
-    canonical = head.neutral_params().canonical()
-    triangles = np.asarray(flame_vertices(head, canonical))[np.asarray(head.faces)]
-    area = np.linalg.norm(np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]), axis=1)
-    binding = rng.choice(len(area), num, p=area / area.sum())
-    points = np.einsum("pc,pca->pa", rng.dirichlet(np.ones(3), num), triangles[binding])
-    # As many as cover the head about three times.
-    scale = float(np.sqrt(3 * 0.5 * area.sum() / num / np.pi)) / 2
-    gaussians = Gaussians(
-        means=jnp.asarray(points, jnp.float32),
-        quats=jnp.asarray(rng.normal(size=(num, 4)), jnp.float32),
-        scales=jnp.asarray(scale * rng.uniform(0.5, 1.5, (num, 3)), jnp.float32),
-        opacities=jnp.asarray(rng.uniform(0.3, 0.99, num), jnp.float32),
-        colors=jnp.asarray(rng.uniform(0.2, 0.9, (num, 3)), jnp.float32),
-    )
-    return Avatar(gaussians, bind_points(head, canonical, gaussians.means, jnp.asarray(binding)))
+def on_meshes(heads: Sequence[FlameModel], num: int) -> list[dict[str, float]]:
+    """Milliseconds to animate `num` Gaussians on each head, of the head's vertices alone, and their difference."""
+    timed = {}
+    for i, head in enumerate(heads):
+        motion = turn_and_talk(head, 16)
+        timed[f"animate {i}"] = _rotating(AvatarRenderer(made_up_avatar(head, num), head, 16, 16).pose, motion)
+        timed[f"head {i}"] = _rotating(functools.partial(_vertices, head), motion)
+    found, rows = alternate_clocks(timed, REPEATS.value), []
+    for i, head in enumerate(heads):
+        whole, alone = found[f"animate {i}"], found[f"head {i}"]
+        beyond = Seconds(whole.wall - alone.wall, whole.cpu - alone.cpu)
+        times = {"animate": whole, "head": alone, "beyond": beyond}
+        rows.append({"vertices": head.num_vertices, "faces": head.num_faces, **milliseconds(times)})
+    return rows
+
+
+def _cell(row: dict[str, float], name: str) -> str:
+    return f"{row[f'{name}_ms']:.2f} ({row[f'{name}_cpu_ms']:.2f})"
 
 
 def measure(avatar: Avatar, head: FlameModel, size: int, num: int) -> dict[str, float]:
@@ -98,7 +94,7 @@ def measure(avatar: Avatar, head: FlameModel, size: int, num: int) -> dict[str, 
         )  # fmt: skip
         return image, info["overflow"]
 
-    found = alternate(
+    found = alternate_clocks(
         {
             "animate": _rotating(renderer.pose, motion),
             "render": lambda: jax.block_until_ready(splat(world)),
@@ -109,8 +105,8 @@ def measure(avatar: Avatar, head: FlameModel, size: int, num: int) -> dict[str, 
     return {
         "gaussians": num,
         "size": size,
-        **{f"{name}_ms": round(1e3 * seconds, 3) for name, seconds in found.items()},
-        "frames_per_s": round(1 / found["both"], 2),
+        **milliseconds(found),
+        "frames_per_s": round(1 / found["both"].wall, 2),
         "capacity": renderer.capacity,
     }
 
@@ -130,12 +126,6 @@ def _rotating(function, motion):
         jax.block_until_ready(function(poses[at[0]]))
 
     return call
-
-
-def _numbers(flag) -> list[int]:
-    if not all(x.isdigit() and 0 < int(x) < 10**7 for x in flag.value):
-        raise UserError(f"--{flag.name}={','.join(flag.value)} must be positive whole numbers.")
-    return [int(x) for x in flag.value]
 
 
 if __name__ == "__main__":

@@ -85,6 +85,13 @@ def refuse_flags(names: Sequence[str], when: str) -> None:
         raise UserError(f"--{given[0]} does nothing {when}: leave it out.")
 
 
+def whole_numbers(flag: flags.FlagHolder, most: int = 10**7) -> list[int]:
+    """Of a list flag. Raises UserError for anything but whole numbers from 1 to `most`."""
+    if not flag.value or not all(text.isdecimal() and 0 < int(text[:20]) <= most for text in flag.value):
+        raise UserError(f"--{flag.name}={','.join(flag.value)} must be whole numbers from 1 to {most}, with commas.")
+    return [int(text) for text in flag.value]
+
+
 def end_with_parent() -> None:
     """Initialiser of a pool's workers: they die with the process that started them, even by SIGKILL.
 
@@ -221,6 +228,12 @@ def alternate_clocks(cases: Mapping[str, Callable[[], Any]], repeats: int, warmu
             case()
             runs[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     return {name: Seconds(*map(statistics.median, zip(*values, strict=True))) for name, values in runs.items()}
+
+
+def milliseconds(times: Mapping[str, Seconds]) -> dict[str, float]:
+    """{"<case>_ms", "<case>_cpu_ms"} of what `alternate_clocks` found, for a bench's JSON line."""
+    both = (("ms", "wall"), ("cpu_ms", "cpu"))
+    return {f"{n}_{suffix}": round(1e3 * getattr(t, clock), 3) for n, t in times.items() for suffix, clock in both}
 
 
 def _cpu_name() -> str:

@@ -134,16 +134,17 @@ def main() -> None:
         state, stopped = train_decoder(data, chosen, workdir / name, seed=SEED.value, mesh=MESH.value)
         if stopped:
             if not jax.process_index():
+                print_table(table, data)
                 print(f"\nstopped by {stopped} at step {int(state.step)}; everything is saved: go on with --resume.")
             return
         if not jax.process_index():
-            table[name or "model"] = summarize(workdir / name, chosen)
+            table[name or "model"] = summarize(workdir / name)
+            if name:  # After each, so that a kill leaves what is done.
+                with atomic_path(workdir / "table.json") as path:
+                    path.write_text(json.dumps(table, indent=1) + "\n")
     if jax.process_index():
         return
     print_table(table, data)
-    if COMPARE.value:
-        with atomic_path(workdir / "table.json") as path:
-            path.write_text(json.dumps(table, indent=1) + "\n")
     where = f"{workdir}/<variant>" if COMPARE.value else workdir
     print(f"\ndone in {time.perf_counter() - start:.0f} s; everything lies in {where}/:")
     print("  checkpoints/<step>/  params (for reconstruction), state (for --resume)")
@@ -369,7 +370,7 @@ def write_card(
         path.write_text(json.dumps(card, indent=1) + "\n")
 
 
-def summarize(workdir: Path, config: Config) -> dict[str, float]:
+def summarize(workdir: Path) -> dict[str, float]:
     """Draws curve.png; returns the scores of card.json."""
     lines = read_metrics(workdir)
     series = {"training": [(line["step"], line["psnr"]) for line in lines if "psnr" in line]}
@@ -380,7 +381,9 @@ def summarize(workdir: Path, config: Config) -> dict[str, float]:
 
 
 def print_table(table: dict[str, dict[str, float]], data: Data) -> None:
-    """PSNR and SSIM of every variant on every kind of held-out view."""
+    """PSNR and SSIM of every variant on every kind of held-out view; nothing for none."""
+    if not table:
+        return
     streams = [name for name in STREAMS if any(f"{name}_psnr" in scores for scores in table.values())]
     print(f"\n{len(data.training)} training people, {len(data.held_out)} unseen; PSNR in dB / SSIM (zero padding);")
     drawn = data.features.spec.source == "sampled"

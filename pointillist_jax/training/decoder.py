@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from pointillist_jax.configs import DecoderConfig, TrainConfig
 from pointillist_jax.flame import FlameModel, FlameParams, animate, bind_points
+from pointillist_jax.gaussians import Avatar, Gaussians
 from pointillist_jax.losses import l1, lpips, psnr, ssim
 from pointillist_jax.models.gaussian_decoder import Decoded, decode, param_specs, rigged
 from pointillist_jax.models.layers import init_params as init_from_specs
@@ -112,6 +113,23 @@ def _compare(params, config: DecoderConfig, frozen, batch: Batch, width: int, he
     """What `make_loss` gives, and the images."""
     decoded = decode_batch(params, config, batch)
     images, info = render_views(frozen["head"], decoded, batch, width, height, **how)
+    total, count, extra = compose_loss(config, frozen, decoded, images, batch)
+    overflow, intersections = (jnp.max(info[name]).astype(jnp.float32) for name in ("overflow", "intersections"))
+    one = jnp.ones((), jnp.float32)
+    extra |= {"overflow": (overflow, one), "intersections": (intersections, one)}
+    # A step on a wrong picture must not count: `train_step` leaves the state alone where the loss is not finite.
+    return jnp.where(overflow > 0, jnp.nan, total), count, extra, images
+
+
+def compose_loss(
+    config: DecoderConfig,
+    frozen: Mapping[str, Any],
+    decoded: Decoded,
+    images: Float[Array, "B K H W 3"],
+    batch: Mapping[str, Any],
+) -> tuple[Array, Array, dict[str, tuple[Array, Array]]]:
+    """λ₁ L1 + λ₂ (1 − SSIM) + λ₃ LPIPS + λ₄ mean squared offset (paper §4.4.2), summed over views; their number; the
+    other sums of `make_loss`."""
     weight = batch["weight"].astype(jnp.float32)
     with jax.named_scope("loss"):
         target = batch["image"].astype(jnp.float32) / 255
@@ -126,16 +144,9 @@ def _compare(params, config: DecoderConfig, frozen, batch: Batch, width: int, he
         # An equal image would be infinitely good.
         views["psnr"] = jnp.minimum(psnr(jax.lax.stop_gradient(images), target), 100)
     total, count = jnp.sum(each * weight), jnp.sum(weight)
-    overflow, intersections = (jnp.max(info[name]).astype(jnp.float32) for name in ("overflow", "intersections"))
-    one = jnp.ones((), jnp.float32)
     extra = {name: (jnp.sum(value * weight), count) for name, value in views.items()}
-    extra |= {
-        "offset_mm": (1e3 * jnp.sum(jnp.sqrt(square) * weight.max(1)), jnp.sum(weight.max(1))),
-        "overflow": (overflow, one),
-        "intersections": (intersections, one),
-    }
-    # A step on a wrong picture must not count: `train_step` leaves the state alone where the loss is not finite.
-    return jnp.where(overflow > 0, jnp.nan, total), count, extra, images
+    extra["offset_mm"] = 1e3 * jnp.sum(jnp.sqrt(square) * weight.max(1)), jnp.sum(weight.max(1))
+    return total, count, extra
 
 
 class GrowingStep:
@@ -306,36 +317,46 @@ def _shown(images: Array, batch: Mapping[str, Any]) -> list[ShownView]:
 def _render_rows(head: FlameModel, decoded: Decoded, batch, *, width: int, height: int, capacity, backend: str):
     """[b, K, H, W, 3] of this device's subjects."""
     map_ = jax.vmap if renders_exactly(backend) else _one_by_one
+    splat = functools.partial(splat_view, width=width, height=height, capacity=capacity, backend=backend)
 
     def subject(row):
         decoded, batch = row
-        with jax.named_scope("rig"):
-            canonical = FlameParams(**batch["canonical"])
-            rig = bind_points(head, canonical, batch["points"], batch["binding"])
-        avatar = rigged(decoded, rig)
-
-        def view(one):
-            params = canonical.replace(**one["flame"])
-            posed = animate(avatar, head, params)
-            image, _, info = rasterize(
-                posed.means,
-                posed.quats,
-                posed.scales,
-                posed.opacities,
-                posed.colors,
-                one["viewmats"][None],
-                one["Ks"][None],
-                width,
-                height,
-                backgrounds=jnp.ones((1, 3), posed.means.dtype),
-                backend=backend,
-                capacity=capacity,
-            )
-            return image[0], {name: info[name] for name in ("overflow", "intersections")}
-
-        return map_(view)({name: batch[name] for name in ("viewmats", "Ks", "flame")})
+        avatar = rig_subject(head, decoded, batch)
+        views = {name: batch[name] for name in ("viewmats", "Ks", "flame")}
+        return map_(lambda one: splat(pose_view(head, avatar, one["flame"]), one["viewmats"], one["Ks"]))(views)
 
     return map_(subject)((decoded, batch))
+
+
+def rig_subject(head: FlameModel, decoded: Decoded, batch: Mapping[str, Any]) -> Avatar:
+    """One subject of a batch (no axis B) as an avatar."""
+    with jax.named_scope("rig"):
+        rig = bind_points(head, FlameParams(**batch["canonical"]), batch["points"], batch["binding"])
+    return rigged(decoded, rig)
+
+
+def pose_view(head: FlameModel, avatar: Avatar, flame: Mapping[str, Array]) -> Gaussians:
+    """The avatar at one view's pose. `flame`: what changes with time."""
+    return animate(avatar, head, avatar.rig.canonical.replace(**flame))
+
+
+def splat_view(posed: Gaussians, viewmat, K, *, width: int, height: int, capacity: int | None, backend: str):
+    """[H, W, 3] on white, and the view's `overflow` and `intersections`."""
+    image, _, info = rasterize(
+        posed.means,
+        posed.quats,
+        posed.scales,
+        posed.opacities,
+        posed.colors,
+        viewmat[None],
+        K[None],
+        width,
+        height,
+        backgrounds=jnp.ones((1, 3), posed.means.dtype),
+        backend=backend,
+        capacity=capacity,
+    )
+    return image[0], {name: info[name] for name in ("overflow", "intersections")}
 
 
 def _one_by_one(function):
