@@ -24,8 +24,8 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments.common import run
-from experiments.drawing import Person, define_drawing, draw_clouds
+from experiments.common import refuse_flags, run
+from experiments.drawing import Drawing, Person, define_drawing, draw_clouds
 from experiments.trained import Contexts, TrainedAR, load_ar
 from pointillist_jax.data.point_features import (
     SOURCES,
@@ -69,6 +69,9 @@ def main() -> None:
     contexts = Contexts(trained, store, IMAGE_WEIGHTS.value, POINT_WEIGHTS.value)
     names = chosen(store)
     drawing, sampled = drawing_flags(store), SOURCE.value == "sampled"
+    if not sampled:
+        drawn_only = [field.name for field in dataclasses.fields(Drawing)]
+        refuse_flags(drawn_only, "with --source=teacher_forced, which draws nothing")
     spec = FeatureSpec(
         store=store.spec,
         width=trained.model.width,

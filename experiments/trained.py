@@ -120,8 +120,13 @@ class Contexts:
           image_weights, point_weights: of frozen encoders, to run them here.
 
         Raises:
-          UserError: frozen encoders without features and without weights.
+          UserError: frozen encoders without features and without weights; weights for encoders that were trained along.
         """
+        if not trained.model.encoder.frozen and (image_weights or point_weights):
+            raise UserError(
+                f"{trained.workdir} has encoders of its own, trained along: leave --image_weights and --point_weights "
+                "out."
+            )
         self._trained, self._store = trained, store
         self._features = self._frozen = None
         if trained.model.encoder.frozen and store is not None and not (image_weights or point_weights):

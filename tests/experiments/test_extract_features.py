@@ -90,6 +90,8 @@ def test_user_errors_are_sentences(root, straight):
     before = contents(straight)
     assert "go on with --resume" in said(straight)
     assert "was made with source teacher_forced, not sampled" in said(straight, "--resume", "--source=sampled")
+    assert "--seed does nothing with --source=teacher_forced" in said(root / "new", "--seed=1")
+    assert "has encoders of its own" in said(root / "new", "--image_weights=dinov2.pth")
     assert "no subject 'nobody'" in said(root / "new", "--subjects=nobody")
     assert contents(straight) == before
 
