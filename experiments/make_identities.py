@@ -93,9 +93,9 @@ def main() -> None:
     finish(workdir, subjects, head)
     print(f"\ndone in {time.perf_counter() - start:.0f} s; everything lies in {workdir}/:")
     print(
-        "  person_XXXX/       capture folder (images, masks, FLAME parameters, transforms), portrait.png, identity.json"
+        "  person_0000/ …     capture folder (images, masks, FLAME parameters, transforms), portrait.png, identity.json"
     )
-    print("  person_XXXX/truth  the Gaussians it was rendered from, as a GaussianAvatars fit")
+    print("  person_0000/truth  the Gaussians it was rendered from, as a GaussianAvatars fit")
     print("  identities.json    the head, the subjects and their numbers of Gaussians")
     print("  gallery.png        what they look like")
 

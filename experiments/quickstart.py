@@ -19,24 +19,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from experiments.common import run
 from experiments.heads import choose_head
-from experiments.media import write_image, write_video
-from experiments.motions import turn_and_talk
+from experiments.media import write_image
 from experiments.pictures import BACKGROUND, contact_sheet, head_sheet
 from pointillist_jax.cameras import orbit
 from pointillist_jax.data.fits import load_fit
 from pointillist_jax.files import UserError, read_json
-from pointillist_jax.flame import FlameModel, FlameParams, animate, bind_points, open_head
-from pointillist_jax.gaussians import Avatar, Gaussians, load_avatar, save_avatar, save_ply
+from pointillist_jax.flame import FlameModel, bind_points, open_head
+from pointillist_jax.gaussians import Avatar, load_avatar, save_avatar, save_ply
+from pointillist_jax.playback import AvatarRenderer
 from pointillist_jax.tokens import PointTokenizer
-from renderer_bridge import rasterize
 
 WORKDIR = flags.DEFINE_string("workdir", "outputs/quickstart", "Where to write; files of an earlier run are replaced.")
 FLAME = flags.DEFINE_string("flame", None, "Your FLAME .pkl; the embedded open head if not given.")
@@ -48,7 +45,7 @@ SMOKE = flags.DEFINE_boolean("smoke", False, "The smallest setting: few small pi
 
 OUTPUTS = {
     "head.png": "what the head can do: identities, expressions, jaw, eyes, neck",
-    "people/gallery.png": "the synthetic people; people/person_XXXX/ are capture folders with their truth",
+    "people/gallery.png": "the synthetic people; the folders beside it are capture folders with their truth",
     "fits/": "one of them fitted from its pictures; report.png in it shows truth beside fit",
     "tokens/": "everyone as a token sequence, with the portrait and head it is to be generated from",
     "ar/": "the transformer after some minutes: curve.png, card.json, checkpoints",
@@ -57,7 +54,7 @@ OUTPUTS = {
     "from_portrait.mp4": "portrait to avatar, turning and talking; avatars/portrait/ is the bundle",
     "splats.png": "the fitted person as an avatar: views and expressions",
     "talking.mp4": "the same, turning and talking",
-    "frame.ply": "one animated frame as a standard splat file: open it in any 3DGS viewer",
+    "frame.ply": "it with an open mouth as a standard splat file: open it in any 3DGS viewer",
     "avatar/": "the fitted person's bundle: canonical splats, rig, card",
 }
 STEPS = 9
@@ -93,12 +90,12 @@ def main() -> None:
     script("reconstruct", f"--ar={workdir}/ar", f"--decoder={workdir}/decoder", f"--portrait={person}/portrait.png",
            f"--tracker={person}/portrait_flame_param.npz", f"--workdir={workdir}/avatars", *drawing,
            "--overwrite")  # fmt: skip
-    script("animate", f"--avatar={workdir}/avatars/portrait", f"--output={workdir}/from_portrait.mp4",
-           f"--frames={frames}", f"--size={size}", "--overwrite")  # fmt: skip
+    moving = (f"--frames={frames}", f"--size={size}", "--overwrite")
+    script("animate", f"--avatar={workdir}/avatars/portrait", f"--output={workdir}/from_portrait.mp4", *moving)
 
     begin(9, "the fitted person as an avatar")
-    avatar = make_avatar(workdir, subject, model)
-    show(workdir, model, avatar, turn_and_talk(model, frames), size)
+    show(workdir, model, make_avatar(workdir, subject, model), size)
+    script("animate", f"--avatar={workdir}/avatar", f"--output={workdir}/talking.mp4", *moving)
     print(f"\ndone in {time.perf_counter() - start:.0f} s; everything lies in {workdir}/:")
     for name, what in OUTPUTS.items():
         print(f"  {name:<22} {what}")
@@ -185,9 +182,8 @@ def round_trip_error(tokenizer: PointTokenizer, points, binding, decoded, decode
     return float(np.abs(points[order] - decoded).max())
 
 
-def show(workdir: Path, model: FlameModel, avatar: Avatar, motion: FlameParams, size: int) -> None:
-    """Splats the avatar: a sheet of views and expressions, and the motion as a video; bakes one frame."""
-    num_frames = motion.expr.shape[0]
+def show(workdir: Path, model: FlameModel, avatar: Avatar, size: int) -> None:
+    """A sheet of views and expressions of the avatar; bakes one frame."""
     neutral = model.neutral_params()
     poses = {f"{angle}°": (neutral, math.radians(angle)) for angle in (0, 45, 90, 180)}
     poses["jaw"] = (neutral.replace(jaw_pose=jnp.array([0.3, 0.0, 0.0])), 0.3)
@@ -195,35 +191,13 @@ def show(workdir: Path, model: FlameModel, avatar: Avatar, motion: FlameParams, 
     for name in ("eye-left-closure", "mouth-corner-puller"):
         if name in model.expr_names:
             poses[name] = (neutral.replace(expr=neutral.expr.at[model.expr_names.index(name)].set(1.0)), 0.3)
-    sheet = [splat(animate(avatar, model, params), azimuth, size) for params, azimuth in poses.values()]
+    renderer = AvatarRenderer(avatar, model, size, size, background=BACKGROUND)
+    sheet = []
+    for params, azimuth in poses.values():
+        camera = orbit(1, width=size, height=size, distance=1.2, target=(0.0, -0.03, -0.04), azimuth=(azimuth, azimuth))
+        sheet.append(renderer(params, camera.viewmats[0], camera.Ks[0]))
     write_image(workdir / "splats.png", contact_sheet(sheet, list(poses), 4))
-
-    images = []
-    for t in tqdm(range(num_frames), desc="  video", unit="frame"):
-        frame = animate(avatar, model, jax.tree.map(lambda x, t=t: x[t], motion))
-        images.append(splat(frame, 0.0, size))
-    write_video(workdir / "talking.mp4", images)
-    save_ply(workdir / "frame.ply", animate(avatar, model, jax.tree.map(lambda x: x[num_frames // 4], motion)))
-
-
-def splat(gaussians: Gaussians, azimuth: float, size: int) -> np.ndarray:
-    """One view [size, size, 3] of a head from `azimuth` (radians, 0 in front), on light grey."""
-    camera = orbit(1, width=size, height=size, distance=1.2, target=(0.0, -0.03, -0.04), azimuth=(azimuth, azimuth))
-    image, _, info = rasterize(
-        gaussians.means,
-        gaussians.quats,
-        gaussians.scales,
-        gaussians.opacities,
-        gaussians.colors,
-        camera.viewmats,
-        camera.Ks,
-        size,
-        size,
-        backgrounds=jnp.array([BACKGROUND]),
-    )
-    if int(info["overflow"]):
-        raise RuntimeError(f"{int(info['overflow'])} tile intersections are missing from the picture")
-    return np.asarray(image[0])
+    save_ply(workdir / "frame.ply", renderer.pose(poses["jaw"][0]))
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ import jax
 from absl import flags
 
 from experiments.charts import line_chart
-from experiments.common import open_shared_workdir, resume_check, run
+from experiments.common import resume_check, run
 from experiments.config_flags import define_config
 from experiments.heads import named_head
+from experiments.job import MESH, SEED, open_job, start_job
 from experiments.media import write_image
 from pointillist_jax.configs import Config
 from pointillist_jax.data.condition_features import feature_kind, open_features
@@ -41,7 +42,7 @@ from pointillist_jax.files import UserError, atomic_path
 from pointillist_jax.flame import FlameModel
 from pointillist_jax.flops import device_peak, training_flops, transformer_flops
 from pointillist_jax.models.condition import context_length, feature_shapes
-from pointillist_jax.sharding import batch_share, make_mesh, start_processes
+from pointillist_jax.sharding import batch_share, make_mesh
 from pointillist_jax.training import ar
 from pointillist_jax.training.checkpoints import Checkpoints
 from pointillist_jax.training.loop import resume_or_init, train
@@ -51,13 +52,6 @@ from pointillist_jax.training.state import TrainState, jit_step, make_optimizer,
 STORE = flags.DEFINE_string("store", None, "The token store (experiments.tokenize).")
 WORKDIR = flags.DEFINE_string("workdir", "outputs/ar", "Where the run goes.")
 FLAME = flags.DEFINE_string("flame", None, "Your FLAME .pkl, if the store was made with it.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the initial parameters and the order of windows.", lower_bound=0)
-RESUME = flags.DEFINE_boolean("resume", False, "Go on from the newest checkpoint in --workdir.")
-OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Delete --workdir first.")
-MESH = flags.DEFINE_string("mesh", "", "Sizes of data, fsdp, tensor, context; data takes what is left.")
-COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0, or auto; for jobs of several processes.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator.")
 PROFILE = flags.DEFINE_string("profile", "", "first:last step of a trace for TensorBoard or Perfetto, e.g. 20:22.")
 CONFIG = define_config("model", "data", "train")
 
@@ -65,7 +59,7 @@ OUTPUTS = ("checkpoints", "metrics.jsonl", "tensorboard", "profile", "card.json"
 
 
 def main() -> None:
-    start_processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    start_job()
     start = time.perf_counter()
     if STORE.value is None:
         raise UserError("--store is missing: name a token store (python -m experiments.tokenize makes one).")
@@ -74,7 +68,7 @@ def main() -> None:
     config = CONFIG()
     config = dataclasses.replace(config, model=config.model.for_tokenizer(store.tokenizer))
     profile = _profile(PROFILE.value, config.train.steps)
-    workdir = open_shared_workdir(Path(WORKDIR.value), OUTPUTS, resume=RESUME.value, overwrite=OVERWRITE.value)
+    workdir = open_job(WORKDIR.value, OUTPUTS)
     state, stopped, held_out = train_ar(store, head, config, workdir, seed=SEED.value, mesh=MESH.value, profile=profile)
     if jax.process_index():
         return

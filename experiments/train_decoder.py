@@ -29,9 +29,10 @@ import numpy as np
 from absl import flags
 
 from experiments.charts import line_chart
-from experiments.common import open_shared_workdir, refuse_flags, resume_check, run
+from experiments.common import refuse_flags, resume_check, run
 from experiments.config_flags import define_config
 from experiments.heads import named_head
+from experiments.job import MESH, SEED, open_job, start_job
 from experiments.media import write_image
 from experiments.pictures import contact_sheet
 from experiments.trained import Contexts, load_ar
@@ -43,7 +44,7 @@ from pointillist_jax.data.subject_views import FeatureClouds, SubjectViews, Temp
 from pointillist_jax.data.token_store import open_store, spec_difference
 from pointillist_jax.files import UserError, atomic_path
 from pointillist_jax.flame import FlameModel
-from pointillist_jax.sharding import batch_share, make_mesh, start_processes
+from pointillist_jax.sharding import batch_share, make_mesh
 from pointillist_jax.training import decoder
 from pointillist_jax.training.checkpoints import Checkpoints
 from pointillist_jax.training.loop import resume_or_init, train
@@ -63,13 +64,6 @@ IDENTITY = flags.DEFINE_enum("identity", "check", ("check", "first"), "As experi
 CY_FROM_BOTTOM = flags.DEFINE_boolean("cy_from_bottom", False, "As experiments.fit.")
 COMPARE = flags.DEFINE_list("compare", [], "Train these one after another and print one table: all, or some of full, "
                             "ar_only, position_only, flame_vertices, mean_colour.")  # fmt: skip
-SEED = flags.DEFINE_integer("seed", 0, "Of the initial parameters and the order of views.", lower_bound=0)
-RESUME = flags.DEFINE_boolean("resume", False, "Go on from the newest checkpoint in --workdir.")
-OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Delete --workdir first.")
-MESH = flags.DEFINE_string("mesh", "", "Sizes of data, fsdp, tensor, context; data takes what is left.")
-COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0, or auto; for jobs of several processes.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator.")
 CONFIG = define_config("decoder", "data")
 
 # What --compare trains: name → changes of the decoder's config.
@@ -119,13 +113,13 @@ class Data:
 
 
 def main() -> None:
-    start_processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    start_job()
     start = time.perf_counter()
     config = CONFIG()
     check_flags(config)
     variants = chosen_variants() if COMPARE.value else {"": {}}
     data = load_data(config)
-    workdir = open_shared_workdir(WORKDIR.value, OUTPUTS, resume=RESUME.value, overwrite=OVERWRITE.value)
+    workdir = open_job(WORKDIR.value, OUTPUTS)
     table: dict[str, Any] = {}
     for name, change in variants.items():
         if name:

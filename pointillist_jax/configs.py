@@ -15,6 +15,13 @@ from pointillist_jax.files import UserError
 from pointillist_jax.tokens import DEFAULT_LOWER, DEFAULT_UPPER, PointTokenizer
 
 
+def _one_of(config: Any, path: str, choices: dict[str, tuple[str, ...]]) -> None:
+    """Raises UserError for the first field of `config` that is none of its legal values."""
+    for name, legal in choices.items():
+        if getattr(config, name) not in legal:
+            raise UserError(f"{path}.{name}={getattr(config, name)!r} must be one of {', '.join(legal)}.")
+
+
 def _at_least(config: Any, path: str, **least: float) -> None:
     """Raises UserError for the first field of `config` below its least value; `path` leads to it in flags."""
     for name, low in least.items():
@@ -182,8 +189,7 @@ class TrainConfig:
     keep: int = 3
 
     def __post_init__(self):
-        if self.schedule not in ("constant", "cosine"):
-            raise UserError(f"train.schedule={self.schedule!r} must be constant or cosine.")
+        _one_of(self, "train", {"schedule": ("constant", "cosine")})
         low = {"steps": 1, "batch_size": 1, "warmup_steps": 0, "accumulate": 1, "log_every": 1, "eval_every": 0}
         low |= {"checkpoint_every": 1, "keep": 1, "learning_rate": 0, "weight_decay": 0, "clip_norm": 0, "ema_decay": 0}
         low |= {"z_loss": 0}
@@ -282,9 +288,7 @@ class ModelConfig:
             "remat": ("none", "dots", "attention", "full"),
             "dtype": ("float32", "bfloat16", "float64"),
         }
-        for name, legal in choices.items():
-            if getattr(self, name) not in legal:
-                raise UserError(f"model.{name}={getattr(self, name)!r} must be one of {', '.join(legal)}.")
+        _one_of(self, "model", choices)
         positive = ("num_faces", "bins", "width", "layers", "heads", "head_dim", "mlp_width", "slot_layers")
         _at_least(self, "model", **dict.fromkeys((*positive, "attention_block"), 1))
         if not 0 < self.rope_theta < math.inf:
@@ -379,9 +383,7 @@ class DecoderConfig:
             "remat": ("none", "full"),
             "dtype": ("float32", "bfloat16", "float64"),
         }
-        for name, legal in choices.items():
-            if getattr(self, name) not in legal:
-                raise UserError(f"decoder.{name}={getattr(self, name)!r} must be one of {', '.join(legal)}.")
+        _one_of(self, "decoder", choices)
         if self.points == "flame_vertices" and self.uses_features:
             raise UserError(
                 "decoder.points=flame_vertices has no AR features: give decoder.inputs=position_only (or none)."

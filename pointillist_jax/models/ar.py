@@ -22,17 +22,15 @@ from jaxtyping import Array, Float, Int
 
 from pointillist_jax.configs import ModelConfig
 from pointillist_jax.models.attention import LSE_NAME, OUTPUT_NAME, attention
+from pointillist_jax.models.blocks import attention_specs, cast_layer, mlp, mlp_specs, project_heads, project_out
 from pointillist_jax.models.layers import (
     Params,
     ParamSpec,
-    cast,
     computed_once,
     constrain,
     declare,
     matrix,
     ones,
-    product,
-    products,
     rms_norm,
     rope_angles,
     rotate,
@@ -92,41 +90,26 @@ def param_specs(config: ModelConfig) -> dict[str, Any]:
         specs["coord_fourier"] = ParamSpec((3, 2 * FOURIER_OCTAVES, D), (None, None, "table_embed"), fourier)
     if config.step == "point":
         specs["point_embedding"] = matrix((4, D, D), (None, "table_embed", "embed"), 4 * D)
-        mlps = stack_specs(_mlp_specs(config, (4 * config.slot_layers) ** -0.5), config.slot_layers)
+        gain = (4 * config.slot_layers) ** -0.5
+        branch = mlp_specs(D, config.mlp_width, gain, gated=config.mlp == "gated")
+        mlps = stack_specs(branch, config.slot_layers)
         specs["slot_heads"] = {slot: {"mlps": mlps, "norm": ones(D)} for slot in SLOTS}
     return specs
 
 
 def _layer_specs(config: ModelConfig) -> dict[str, Any]:
-    D, N, K, H = config.width, config.heads, config.num_kv_heads, config.head_dim
+    D, N, H = config.width, config.heads, config.head_dim
     # Three residual branches per layer: their sum keeps the size of one.
     gain = (3 * config.layers) ** -0.5
 
-    def attention_specs() -> dict[str, Any]:
-        specs = {
-            "norm": ones(D),
-            "query": matrix((D, N, H), ("embed", "heads", "head_dim"), D),
-            "key": matrix((D, K, H), ("embed", "kv_heads", "head_dim"), D),
-            "value": matrix((D, K, H), ("embed", "kv_heads", "head_dim"), D),
-            "out": matrix((N, H, D), ("heads", "head_dim", "embed"), N * H, gain),
-        }
-        return {**specs, "query_norm": ones(H), "key_norm": ones(H)} if config.qk_norm else specs
-
+    attention_branch = functools.partial(
+        attention_specs, D, N, H, gain, kv_heads=config.num_kv_heads, qk_norm=config.qk_norm
+    )
     return {
-        "cross_attention": attention_specs(),
-        "self_attention": attention_specs(),
-        "mlp": _mlp_specs(config, gain),
+        "cross_attention": attention_branch(),
+        "self_attention": attention_branch(),
+        "mlp": mlp_specs(D, config.mlp_width, gain, gated=config.mlp == "gated"),
     }
-
-
-def _mlp_specs(config: ModelConfig, gain: float) -> dict[str, Any]:
-    D, F = config.width, config.mlp_width
-    specs = {
-        "norm": ones(D),
-        "up": matrix((D, F), ("embed", "mlp"), D),
-        "down": matrix((F, D), ("mlp", "embed"), F, gain),
-    }
-    return {**specs, "gate": matrix((D, F), ("embed", "mlp"), D)} if config.mlp == "gated" else specs
 
 
 def hidden_states(
@@ -189,7 +172,7 @@ def run_layers(
     )
 
     def run_layer(x, layer):
-        layer = cast_layer(layer, config)
+        layer = cast_layer(layer, config.dtype)
         x, _ = decoder_layer(
             layer, config, x, angles, cross_keys_values(layer, config, context), attend_self, attend_cross
         )
@@ -226,16 +209,16 @@ def decoder_layer(
     def cross(x):
         with jax.named_scope("cross_attention"):
             p = layer["cross_attention"]
-            (q,) = _heads(p, rms_norm(x, p["norm"]), "query")
-            return x + _project_out(p, attend_cross(q, *context_kv))
+            (q,) = project_heads(p, rms_norm(x, p["norm"]), "query")
+            return x + project_out(p, attend_cross(q, *context_kv))
 
     def own(x):
         with jax.named_scope("self_attention"):
             p = layer["self_attention"]
             y = rms_norm(x, p["norm"])
-            q, k, v = _heads(p, y, "query", "key", "value")
+            q, k, v = project_heads(p, y, "query", "key", "value")
             out, extra = attend_self(rotate(q, angles), rotate(k, angles), v)
-            return x + _project_out(p, out), extra
+            return x + project_out(p, out), extra
 
     if config.order == "cross_first":
         x, extra = own(cross(x))
@@ -245,16 +228,11 @@ def decoder_layer(
     return x + mlp(layer["mlp"], x), extra
 
 
-def cast_layer(layer: Params, config: ModelConfig) -> Params:
-    """One layer's matrices in the dtype of the computation; its norms stay float32, as they are computed."""
-    return {name: {k: v if v.ndim == 1 else cast(v, config.dtype) for k, v in p.items()} for name, p in layer.items()}
-
-
 def cross_keys_values(layer: Params, config: ModelConfig, context: Float[Array, "B S D"]) -> tuple[Array, Array]:
     """Keys and values [B,S,K,H] of one layer's cross-attention; `context` has passed `norm_context`."""
     del config
     with jax.named_scope("context_kv"):
-        return tuple(_heads(layer["cross_attention"], context, "key", "value"))
+        return tuple(project_heads(layer["cross_attention"], context, "key", "value"))
 
 
 def norm_context(params: Params, config: ModelConfig, context: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
@@ -345,28 +323,6 @@ def _fourier_features(bins: int) -> np.ndarray:
     centres = (np.arange(bins) + 0.5) / bins
     angles = np.pi * centres[:, None] * 2.0 ** np.arange(FOURIER_OCTAVES)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-
-
-def _heads(p: Params, y: Float[Array, "B T D"], *names: str) -> list[Array]:
-    """Queries, keys or values [B,T,heads,H] of `y`, as named, normed where the model norms them."""
-    flat = products(y, *(p[name].reshape(p[name].shape[0], -1) for name in names))
-    heads = [x.reshape(*y.shape[:-1], *p[name].shape[1:]) for x, name in zip(flat, names, strict=True)]
-    norms = [p.get(f"{name}_norm") for name in names]
-    return [x if norm is None else rms_norm(x, norm) for x, norm in zip(heads, norms, strict=True)]
-
-
-def _project_out(p: Params, out):
-    return product(out.reshape(*out.shape[:-2], -1), p["out"].reshape(-1, p["out"].shape[-1]))
-
-
-def mlp(p: Params, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-    """The feed-forward branch, its norm included."""
-    with jax.named_scope("mlp"):
-        y = rms_norm(x, p["norm"])
-        if "gate" in p:
-            gate, up = products(y, p["gate"], p["up"])
-            return product(jax.nn.gelu(gate) * up, p["down"])
-        return product(jax.nn.gelu(product(y, p["up"])), p["down"])
 
 
 def _remat(function, policy: str):

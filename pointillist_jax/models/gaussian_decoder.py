@@ -22,6 +22,7 @@ from pointillist_jax.configs import DecoderConfig
 from pointillist_jax.flame.binding import PointRig
 from pointillist_jax.gaussians import Avatar, Gaussians
 from pointillist_jax.models.attention import attention
+from pointillist_jax.models.blocks import attention_specs, cast_layer, mlp, mlp_specs, project_heads, project_out
 from pointillist_jax.models.layers import (
     Params,
     ParamSpec,
@@ -29,7 +30,6 @@ from pointillist_jax.models.layers import (
     declare,
     linear,
     linear_specs,
-    matrix,
     ones,
     rms_norm,
     stack_specs,
@@ -105,26 +105,10 @@ def param_specs(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _layer_specs(config: DecoderConfig) -> dict[str, Any]:
-    D, N, H, F = config.width, config.heads, config.head_dim, config.mlp_width
     gain = ((3 if config.cross_attention else 2) * config.layers) ** -0.5
-
-    def attention_specs(size: int) -> dict[str, Any]:
-        return {
-            "norm": ones(D),
-            "query": matrix((D, N, H), ("embed", "heads", "head_dim"), D),
-            "key": matrix((size, N, H), ("embed", "heads", "head_dim"), size),
-            "value": matrix((size, N, H), ("embed", "heads", "head_dim"), size),
-            "out": matrix((N, H, D), ("heads", "head_dim", "embed"), N * H, gain),
-        }
-
-    mlp = {
-        "norm": ones(D),
-        "gate": matrix((D, F), ("embed", "mlp"), D),
-        "up": matrix((D, F), ("embed", "mlp"), D),
-        "down": matrix((F, D), ("mlp", "embed"), F, gain),
-    }
-    specs = {"self_attention": attention_specs(D), "mlp": mlp}
-    return specs | ({"cross_attention": attention_specs(config.context_width)} if config.cross_attention else {})
+    branch = functools.partial(attention_specs, config.width, config.heads, config.head_dim, gain)
+    specs = {"self_attention": branch(), "mlp": mlp_specs(config.width, config.mlp_width, gain)}
+    return specs | ({"cross_attention": branch(source_width=config.context_width)} if config.cross_attention else {})
 
 
 def decode(
@@ -207,18 +191,14 @@ def _trunk(params, config, points, hidden, num_points, context, context_lengths)
     attend = functools.partial(attention, implementation=config.attention, block_size=config.attention_block)
 
     def run_layer(x, layer):
-        layer = {n: {k: v if v.ndim == 1 else v.astype(dtype) for k, v in p.items()} for n, p in layer.items()}
+        layer = cast_layer(layer, dtype)
         if config.cross_attention:
             p = layer["cross_attention"]
             x = x + _attend(p, rms_norm(x, p["norm"]), context, functools.partial(attend, kv_lengths=context_lengths))
         p = layer["self_attention"]
         y = rms_norm(x, p["norm"])
         x = x + _attend(p, y, y, functools.partial(attend, kv_lengths=num_points))
-        with jax.named_scope("mlp"):
-            p = layer["mlp"]
-            y = rms_norm(x, p["norm"])
-            x = x + (jax.nn.gelu(y @ p["gate"]) * (y @ p["up"])) @ p["down"]
-        return constrain(x, "batch", "length", None)
+        return constrain(x + mlp(layer["mlp"], x), "batch", "length", None)
 
     # Not a scan: differentiating one keeps every tile's mask for the backward pass, P² bytes a head.
     run_layer = jax.checkpoint(run_layer) if config.remat == "full" else run_layer
@@ -229,11 +209,13 @@ def _trunk(params, config, points, hidden, num_points, context, context_lengths)
 
 def _attend(p: Params, y, source, attend):
     with jax.named_scope("attention"):
-        q = jnp.einsum("BPD,DNH->BPNH", y, p["query"])
-        k, v = (jnp.einsum("BSD,DNH->BSNH", source, p[name]) for name in ("key", "value"))
+        if source is y:
+            q, k, v = project_heads(p, y, "query", "key", "value")
+        else:
+            (q,), (k, v) = project_heads(p, y, "query"), project_heads(p, source, "key", "value")
         # Every query needs all keys: heads, not points, lie on the context axis here.
         q, k, v = (constrain(x, "batch", None, ("heads", "length"), None) for x in (q, k, v))
-        return jnp.einsum("BPNH,NHD->BPD", attend(q, k, v), p["out"])
+        return project_out(p, attend(q, k, v))
 
 
 def _mlp(p: Params, x):

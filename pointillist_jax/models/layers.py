@@ -222,9 +222,11 @@ product.defvjp(_product_forward, _product_backward)
 def products(x: Float[Array, "*b I"], *weights: Float[Array, "I _"]) -> list[Float[Array, "*b _"]]:
     """x · w of each weight, as one product: fewer and larger ones keep more cores busy.
 
-    Over several devices they stay apart, since weights laid side by side would have to be moved between them.
+    They stay apart over several devices, where weights laid side by side would have to be moved, and for few rows,
+    where copying the weights would cost more than the product.
     """
-    if jax.sharding.get_abstract_mesh().size > 1:
+    rows = math.prod(x.shape[:-1])
+    if jax.sharding.get_abstract_mesh().size > 1 or rows < x.shape[-1]:
         return [product(x, w) for w in weights]
     ends = np.cumsum([w.shape[1] for w in weights])
     return jnp.split(product(x, jnp.concatenate(weights, axis=1)), ends[:-1], axis=-1)

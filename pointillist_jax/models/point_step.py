@@ -30,7 +30,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pointillist_jax.configs import ModelConfig
-from pointillist_jax.models.ar import cast_layer, embed_tokens, mlp, run_layers
+from pointillist_jax.models.ar import embed_tokens, run_layers
+from pointillist_jax.models.blocks import cast_layer, mlp
 from pointillist_jax.models.layers import Params, cast, constrain, rms_norm, unstack_layers
 from pointillist_jax.tokens import SLOTS
 
@@ -52,7 +53,7 @@ def slot_heads(params: Params, config: ModelConfig) -> tuple[SlotHead, SlotHead,
     heads = []
     for slot in SLOTS:
         layers = unstack_layers(params["slot_heads"][slot]["mlps"])
-        mlps = tuple(cast_layer({"mlp": layer}, config)["mlp"] for layer in layers)
+        mlps = tuple(cast_layer({"mlp": layer}, config.dtype)["mlp"] for layer in layers)
         heads.append(SlotHead(mlps, params["slot_heads"][slot]["norm"]))
     return tuple(heads)
 

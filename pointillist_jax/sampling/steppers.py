@@ -33,7 +33,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pointillist_jax.configs import ModelConfig
 from pointillist_jax.files import UserError
-from pointillist_jax.models.ar import accumulator, cast_layer, embed_tokens, norm_context, output_tables
+from pointillist_jax.models.ar import accumulator, embed_tokens, norm_context, output_tables
+from pointillist_jax.models.blocks import cast_layer
 from pointillist_jax.models.layers import Params, constrain, rms_norm, rope_angles, rotate, unstack_layers
 
 CACHE_DTYPES = ("float32", "bfloat16", "float64", "int8")
@@ -123,7 +124,7 @@ class TokenStepper:
         if not isinstance(layers, (tuple, list)):
             layers = unstack_layers(layers)
         return Weights(
-            layers=tuple(fuse_layer(cast_layer(layer, config), config) for layer in layers),
+            layers=tuple(fuse_layer(cast_layer(layer, config.dtype), config) for layer in layers),
             inputs=tuple(embed_tokens(params, config, v, jnp.full(v.shape, s)) for s, v in enumerate(values)),
             start=embed_tokens(params, config, jnp.full(4, ids.bos), jnp.arange(4)),
             outputs=tuple(table.rows.T for table in tables),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import experiments
 from pointillist_jax.data.fits import load_fit
 from pointillist_jax.flame import load_flame
 from pointillist_jax.flame.model import save_flame
+from tests.experiments.small_ar import environment
 from tests.fitting.scenes import write_person
 
 ROOT = Path(experiments.__file__).parent.parent
@@ -44,14 +44,6 @@ def command(people: Path, workdir: Path, *arguments: str) -> list[str]:
         sys.executable, "-m", "experiments.fit", f"--capture={people / 'captures'}", f"--workdir={workdir}",
         f"--flame={people / 'ball.npz'}", *config, *arguments,
     ]  # fmt: skip
-
-
-def environment(people: Path) -> dict[str, str]:
-    return os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(people / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
 
 
 def start(people: Path, workdir: Path, *arguments: str) -> subprocess.CompletedProcess:

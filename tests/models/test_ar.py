@@ -18,7 +18,7 @@ from pointillist_jax.files import UserError
 from pointillist_jax.models import PointTransformer
 from pointillist_jax.models.ar import coordinate_tables, hidden_states, output_tables, param_specs
 from pointillist_jax.models.layers import init_params, stack_layers, unstack_layers
-from tests.models.tiny_ar import CONFIG, changed, loss, random_batch, random_params
+from tests.models.tiny_ar import CONFIG, assert_reaches, changed, loss, random_batch, random_params
 
 forward = jax.jit(hidden_states, static_argnums=1)
 gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
@@ -45,14 +45,7 @@ def test_causal(rng):
 
 def test_window(rng):
     """One layer with a window of 8: token t reaches t … t + 7 and no further."""
-    config = changed(window=8, layers=1, attention="chunked")
-    params, batch = random_params(config), random_batch(rng, config)
-    before = np.asarray(forward(params, config, batch["tokens"], batch["context"]))
-    tokens = batch["tokens"].copy()
-    tokens[0, 5] = (tokens[0, 5] + 1) % config.bins
-    change = np.abs(np.asarray(forward(params, config, tokens, batch["context"])) - before)[0].max(axis=-1)
-    assert (change[5:13] > 1e-6).all()
-    np.testing.assert_array_equal(np.delete(change, range(5, 13)), 0)
+    assert_reaches(rng, changed(window=8, layers=1, attention="chunked"), 5, range(5, 13))
 
 
 def test_padding_changes_nothing(rng):

@@ -23,7 +23,7 @@ from pointillist_jax.models.ar import embed_tokens, hidden_states, output_tables
 from pointillist_jax.models.point_step import embed_points, slot_heads, slot_state, window_states
 from pointillist_jax.training.ar import training_window
 from tests.data.stores import TOKENIZER, MemoryStore
-from tests.models.tiny_ar import changed, loss, random_batch, random_params
+from tests.models.tiny_ar import assert_reaches, changed, loss, random_batch, random_params
 
 CONFIG = changed(step="point", window=8)
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -77,14 +77,7 @@ def test_causal(rng):
 
 def test_window_counts_points(rng):
     """One layer with a window of 3: point 2 reaches what follows points 2, 3 and 4, and no further."""
-    config = changed(step="point", window=4, layers=1, attention="chunked")
-    params, batch = random_params(config), random_batch(rng, config)
-    before = np.asarray(forward(params, config, batch["tokens"], batch["context"]))
-    tokens = batch["tokens"].copy()
-    tokens[0, 8] = (tokens[0, 8] + 1) % config.bins
-    change = np.abs(np.asarray(forward(params, config, tokens, batch["context"])) - before)[0].max(axis=-1)
-    assert (change[8:27] > 1e-6).all()
-    np.testing.assert_array_equal(np.delete(change, range(8, 27)), 0)
+    assert_reaches(rng, changed(step="point", window=4, layers=1, attention="chunked"), 8, range(8, 27))
 
 
 def test_slot_by_slot_equals_teacher_forced(rng):

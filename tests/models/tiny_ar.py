@@ -53,3 +53,14 @@ def loss(params, config: ModelConfig, batch):
     """Mean next-token loss."""
     hidden = hidden_states(params, config, batch["tokens"], batch["context"])
     return slot_cross_entropy(hidden, batch["targets"], output_tables(params, config), config.tokenizer.eos).mean
+
+
+def assert_reaches(rng: np.random.Generator, config: ModelConfig, token: int, reached: range) -> None:
+    """Another token at place `token` changes the states at `reached` and no other."""
+    params, batch = random_params(config), random_batch(rng, config)
+    tokens = batch["tokens"].copy()
+    tokens[0, token] = (tokens[0, token] + 1) % config.bins
+    forward = jax.jit(lambda tokens: hidden_states(params, config, tokens, batch["context"]))
+    change = np.abs(np.asarray(forward(tokens) - forward(batch["tokens"])))[0].max(axis=-1)
+    assert (change[reached.start : reached.stop] > 1e-6).all()
+    np.testing.assert_array_equal(np.delete(change, reached), 0)

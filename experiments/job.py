@@ -1,0 +1,29 @@
+"""What the training scripts share: the flags of a run over one or several processes, and the folder it goes to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from experiments.common import open_shared_workdir
+from pointillist_jax.sharding import start_processes
+
+SEED = flags.DEFINE_integer("seed", 0, "Of the initial parameters and the order of batches.", lower_bound=0)
+MESH = flags.DEFINE_string("mesh", "", "Sizes of data, fsdp, tensor, context; data takes what is left.")
+_RESUME = flags.DEFINE_boolean("resume", False, "Go on from the newest checkpoint in --workdir.")
+_OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Delete --workdir first.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0, or auto; for jobs of several processes.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator.")
+
+
+def start_job() -> None:
+    """Joins the other processes of the job, if there are any; to be called before anything touches a device."""
+    start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+
+
+def open_job(workdir: str | Path, outputs: Sequence[str]) -> Path:
+    """The run's folder, opened once for all processes by --resume and --overwrite (`common.open_shared_workdir`)."""
+    return open_shared_workdir(Path(workdir), outputs, resume=_RESUME.value, overwrite=_OVERWRITE.value)
