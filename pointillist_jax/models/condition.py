@@ -99,7 +99,7 @@ def encode_features(
     dtype = "float32" if encoder.frozen else config.dtype
     with jax.named_scope("encode_image"):
         size = encoder.image_size
-        images = portrait.astype(jnp.float32) / 255
+        images = portrait.astype(jnp.promote_types(dtype, jnp.float32)) / 255
         if images.shape[1:3] != (size, size):
             images = jax.image.resize(images, (images.shape[0], size, size, 3), "cubic")
         normalised = normalize_images(images)
