@@ -37,6 +37,18 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
+class LayerNorm(nn.LayerNorm):
+    """In float32 at least, returned in the dtype of x."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__(size, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = wide(x.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head attention to its own input or to a context, its norm included, the residual not.
 
@@ -118,6 +130,12 @@ class GatedMlp(nn.Module):
         return self.down(gelu(self.gate(y)) * self.up(y))
 
 
+def multi_head(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Attention of [B, T, N · H] to [B, S, N · H], heads side by side."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
@@ -169,9 +187,9 @@ def load_arrays(module: nn.Module, arrays: Mapping[str, Any]) -> None:
     def walk(path: tuple[str, ...], tree: Any, stacked: bool) -> None:
         for key, value in tree.items():
             if isinstance(value, Mapping):
-                walk((*path, key), value, stacked or key == "layers")
+                walk((*path, key), value, stacked or key in ("layers", "mlps"))
             elif stacked:
-                at = path.index("layers") + 1
+                at = next(i for i, part in enumerate(path) if part in ("layers", "mlps")) + 1
                 for i, one in enumerate(np.asarray(value)):
                     put((*path[:at], str(i), *path[at:], key), one)
             else:
