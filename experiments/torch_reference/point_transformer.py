@@ -77,12 +77,14 @@ class SlotClassifier(NamedTuple):
 
 
 class PointTransformer(nn.Module):
-    """Hidden states and next-token loss of windows, with one step per token (`config.step` "token")."""
+    """Hidden states and next-token loss of windows, with one step per token: `step` of the configs it takes."""
+
+    step = "token"
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        if config.step != "token":
-            raise NotImplementedError("the PyTorch reference has one step per token: model.step must be token")
+        if config.step != self.step:
+            raise ValueError(f"{type(self).__name__} is for model.step={self.step}, not {config.step}")
         self.config, self.ids = config, vocabulary(config)
         width = config.width
         # Rounded to the dtype of the computation, in which it multiplies.
@@ -151,13 +153,17 @@ class PointTransformer(nn.Module):
           positions: [B, T] in the whole sequence, for windows from its middle; 0 … T-1 by default.
           context_lengths: [B] real tokens of each context; all by default.
         """
-        config, length, dtype = self.config, tokens.shape[1], working_dtype(self.config)
-        place = torch.arange(length, device=tokens.device)
-        x = self.embed(tokens, (place % 4).expand_as(tokens))
-        positions = place if positions is None else positions
-        angles = rotary_angles(
-            positions, rotary_frequencies(config.head_dim, config.rope_theta, wide(dtype), tokens.device)
-        )
+        slots = torch.arange(tokens.shape[1], device=tokens.device) % 4
+        return self.run_layers(self.embed(tokens, slots.expand_as(tokens)), context, positions, context_lengths)
+
+    def run_layers(
+        self, x: Tensor, context: Tensor, positions: Tensor | None = None, context_lengths: Tensor | None = None
+    ) -> Tensor:
+        """All layers and the last norm over embedded steps [B, T, D]; arguments as of `forward`."""
+        config, length, dtype = self.config, x.shape[1], working_dtype(self.config)
+        place = torch.arange(length, device=x.device)
+        frequencies = rotary_frequencies(config.head_dim, config.rope_theta, wide(dtype), x.device)
+        angles = rotary_angles(place if positions is None else positions, frequencies)
         mask = None
         if length > config.window:
             distance = place[:, None] - place
@@ -189,19 +195,27 @@ class PointTransformer(nn.Module):
           mask: [B, T], False where a target is padding.
           z_loss: weight of log²(Σ exp logits).
         """
-        hidden = self(tokens, context, positions)
-        targets = targets if mask is None else torch.where(mask, targets, self.ids.pad)
-        total = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
-        count = torch.zeros((), dtype=torch.long, device=hidden.device)
-        for slot, classifier in enumerate(self.classifiers()):
-            first = (slot - 1) % 4
-            labels = classifier.labels(targets[:, first::4], self.ids.eos).flatten()
-            logits = F.linear(hidden[:, first::4], classifier.rows).to(total.dtype).flatten(0, 1)
+        states, targets = self.states_and_targets(tokens, targets, context, positions, mask)
+        total = torch.zeros((), dtype=wide(states[0].dtype), device=tokens.device)
+        count = torch.zeros((), dtype=torch.long, device=tokens.device)
+        for classifier, hidden, wanted in zip(self.classifiers(), states, targets, strict=True):
+            labels = classifier.labels(wanted, self.ids.eos).flatten()
+            logits = F.linear(hidden, classifier.rows).to(total.dtype).flatten(0, 1)
             total = total + F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
             if z_loss:
                 total = total + z_loss * torch.where(labels >= 0, logits.logsumexp(-1) ** 2, 0).sum()
             count = count + (labels >= 0).sum()
         return total, count
+
+    def states_and_targets(
+        self, tokens: Tensor, targets: Tensor, context: Tensor, positions: Tensor | None, mask: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Hidden states [B, P, D] that predict x, y, z and b, and what they should predict [B, P]."""
+        hidden = self(tokens, context, positions)
+        targets = targets if mask is None else torch.where(mask, targets, self.ids.pad)
+        # A token at slot s predicts one at slot s + 1.
+        firsts = [(slot - 1) % 4 for slot in range(4)]
+        return [hidden[:, first::4] for first in firsts], [targets[:, first::4] for first in firsts]
 
     def _classes(self) -> Tensor:
         return self.embedding if self.config.tied_head else self.head

@@ -18,6 +18,7 @@ from tests.models.tiny_ar import changed, random_batch, random_params
 
 torch = pytest.importorskip("torch")
 from experiments.torch_reference.layers import load_arrays  # noqa: E402
+from experiments.torch_reference.point_step import PointStepTransformer  # noqa: E402
 from experiments.torch_reference.point_transformer import PointTransformer  # noqa: E402
 from tests.parity.compare import assert_close, assert_same_gradients, to_torch  # noqa: E402
 
@@ -27,11 +28,12 @@ OPTIONS = [
     {"order": "self_first", "mlp": "plain", "qk_norm": False, "slot_embedding": False, "tied_head": False,
      "kv_heads": 0, "coord_tables": "learned", "loss_support": "vocab"},
     {"coord_tables": "learned", "kv_heads": 1, "window": 12},
+    {"step": "point", "window": 8},
 ]  # fmt: skip
 
 
 def twin_of(config, params) -> PointTransformer:
-    twin = PointTransformer(config)
+    twin = (PointStepTransformer if config.step == "point" else PointTransformer)(config)
     load_arrays(twin, jax.tree.map(np.asarray, params))
     return twin
 
@@ -46,7 +48,7 @@ def window(rng, config) -> dict[str, np.ndarray]:
     return {**batch, "positions": positions, "mask": mask}
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=["default", "paper", "window"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["default", "paper", "window", "point"])
 def test_losses_and_gradients(rng, options):
     config = changed(dtype="float64", **options)
     params, batch = random_params(config), window(rng, config)
@@ -66,11 +68,14 @@ def test_losses_and_gradients(rng, options):
     assert_same_gradients(twin, gradients, load_arrays)
 
 
-def test_padded_contexts_and_positions(rng):
-    config = changed(dtype="float64")
+@pytest.mark.parametrize("step", ["token", "point"])
+def test_padded_contexts_and_positions(rng, step):
+    config = changed(dtype="float64", step=step)
     params, batch = random_params(config), window(rng, config)
     # Only differences of positions matter, so the first row's are spread.
-    positions, lengths = np.stack([2 * np.arange(32), np.arange(32)]), np.array([11, 6])
+    # Points stay whole.
+    spread = np.arange(32) + 4 * (np.arange(32) // 4)
+    positions, lengths = np.stack([spread, np.arange(32)]), np.array([11, 6])
     expected = np.asarray(hidden_states(params, config, batch["tokens"], batch["context"], positions, lengths))
     twin, tensors = twin_of(config, params), to_torch(batch)
     args = tensors["tokens"], tensors["context"]
