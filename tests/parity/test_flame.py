@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pointillist_jax.flame import FlameParams, animate, bind_points, face_frames, flame_vertices
+from pointillist_jax.flame import FlameParams, animate, bind_points, face_frames, flame_vertices, load_flame
 from pointillist_jax.flame.surface_points import head_points, surface_points
 from pointillist_jax.gaussians import Avatar, Gaussians
 from tests.parity.heads import params_of, random_head
 
 torch = pytest.importorskip("torch")
 from experiments.torch_reference import flame as twin  # noqa: E402
+from experiments.torch_reference import teeth  # noqa: E402
 from tests.parity.compare import assert_close, to_torch  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -113,3 +114,19 @@ def test_surface_points(rng):
     assert_close(
         twin.head_points(as_torch, torch.tensor(mesh), found), head_points(head, jnp.asarray(mesh), table=table)
     )
+
+
+def test_teeth(flame_pickle):
+    """GaussianAvatars' own checks of its list, then every array."""
+    faces = teeth.faces()
+    assert faces[[0, 84, 133, 167]].tolist() == [
+        [5023, 5054, 5053], [5068, 5069, 5038], [5124, 5139, 5138], [5141, 5142, 5082],
+    ]  # fmt: skip
+    plain, expected = (load_flame(flame_pickle, n_shape=4, n_expr=3, teeth=with_them) for with_them in (False, True))
+    found = teeth.with_teeth(twin.make_head(vars(plain)))
+    np.testing.assert_array_equal(found.faces, expected.faces)
+    for name in twin.Head._fields:
+        if name not in ("faces", "parents"):
+            assert_close(getattr(found, name), getattr(expected, name), 1e-12, name)
+    with pytest.raises(ValueError, match="5143"):
+        teeth.with_teeth(found)
