@@ -39,12 +39,18 @@ def cross(root) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def compared(root):
-    """A comparison of two, continued as one of all; what both said, and when the first's checkpoints were written."""
+def two(root):
+    """What a comparison of two variants in `compared/` said."""
     workdir = f"--workdir={root}/compared"
-    (two,) = run_script(root, "train_decoder", [*data(root), *small(), workdir, "--compare=full,mean_colour"])
+    (two,) = run_script(root, "train_decoder", [*data(root), *small(), workdir, "--compare=full,flame_vertices"])
     assert two.code == 0, two.err
-    newest = root / "compared/full/checkpoints/4"
+    return two
+
+
+@pytest.fixture(scope="module")
+def compared(root, two):
+    """The same, continued as one of all: what both said. The first's checkpoints are not written again."""
+    workdir, newest = f"--workdir={root}/compared", root / "compared/full/checkpoints/4"
     written = newest.stat().st_mtime_ns
     (every,) = run_script(root, "train_decoder", [*data(root), *small(), workdir, "--compare=all", "--resume"])
     assert every.code == 0, every.err
@@ -60,7 +66,7 @@ def test_compare_trains_every_variant_and_prints_one_table(root, compared):
     assert list(table) == names
     assert "2 training people, 2 unseen" in every.out
     streams = ("views", "expressions", "people", "people_expressions")
-    for said, rows in ((two.out, ("full", "mean_colour")), (every.out, names)):
+    for said, rows in ((two.out, ("full", "flame_vertices")), (every.out, names)):
         printed = dict(re.findall(r"^  (\w+) +((?:[\d.]+ / -?[\d.]+ *)+)$", said, re.MULTILINE))
         assert list(printed) == list(rows)
         for name in rows:
@@ -88,7 +94,7 @@ def test_compare_trains_every_variant_and_prints_one_table(root, compared):
 
 
 @pytest.mark.slow
-def test_the_tables_scores_are_those_of_the_filmed_avatars(root, compared, tmp_path):
+def test_the_tables_scores_are_those_of_the_filmed_avatars(root, two, tmp_path):
     """train_decoder's held-out views, scored again by reconstruct and animate: other programs on the same pictures."""
     features = FeatureSet(root / "features")
     people = features.spec.held_out
@@ -144,7 +150,7 @@ def test_cross_attention_trains_and_reconstructs(root, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_portrait_at_a_timestep_of_its_tracker(root, compared, tmp_path):
+def test_a_portrait_at_a_timestep_of_its_tracker(root, two, tmp_path):
     common = [f"--decoder={root}/compared/full", f"--ar={root}/ar", f"--portrait={root}/me.png", "--max_points=6"]
     tracker = f"--tracker={root}/me.npz"
     first, second, neutral, beyond = run_script(
@@ -170,7 +176,7 @@ def test_a_portrait_at_a_timestep_of_its_tracker(root, compared, tmp_path):
 
 
 @pytest.mark.slow
-def test_reconstruct_looks_before_it_draws(root, compared, tmp_path):
+def test_reconstruct_looks_before_it_draws(root, two, tmp_path):
     common = [f"--decoder={root}/compared/full", f"--workdir={tmp_path}"]
     features = [*common, f"--features={root}/features", f"--store={root}/store"]
     portrait = [*common, f"--ar={root}/ar", f"--portrait={root}/me.png"]
