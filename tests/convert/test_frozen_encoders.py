@@ -25,7 +25,7 @@ def write_weights(rng, folder):
     from tests.models import torch_point_encoder as twin
 
     image = huggingface_dinov2(rng, layers=2, heads=2, registers=0, image_size=28)
-    points = twin.Encoder(width=64, layers=2, heads=2, queries=17, frequencies=6)
+    points = twin.PointEncoder(width=64, layers=2, heads=2, queries=17, frequencies=6)
     randomize(points, rng)
     torch.save(image.state_dict(), folder / "dinov2.pth")
     torch.save({"state_dict": twin.checkpoint(points)}, folder / "michelangelo.ckpt")

@@ -1,4 +1,4 @@
-"""The Gaussian decoder: torch parity, equivariance, padding, ablations, what it starts from."""
+"""The Gaussian decoder (its torch twin: tests/parity): equivariance, padding, ablations, what it starts from."""
 
 from __future__ import annotations
 
@@ -37,28 +37,6 @@ def random_inputs(rng, batch: int = 2, points: int = 50, config: DecoderConfig =
     positions = rng.uniform(config.lower, config.upper, (batch, points, 3)).astype(np.float32)
     hidden = rng.normal(size=(batch, points, 4, config.feature_width)).astype(np.float32)
     return positions, hidden, rng.normal(size=(batch, 7, config.context_width)).astype(np.float32)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "cross", "dtype", "tolerance"),
-    [("both", True, "float32", 1e-5), ("position_only", False, "float64", 1e-10)],
-)
-def test_equals_the_torch_twin(rng, inputs, cross, dtype, tolerance):
-    torch = pytest.importorskip("torch")
-    from tests.models import torch_gaussian_decoder as twin
-
-    with jax.enable_x64(dtype == "float64"):
-        config = dataclasses.replace(CONFIG, inputs=inputs, cross_attention=cross, dtype=dtype)
-        params = random_params(config, dtype=dtype)
-        points, hidden, context = (np.asarray(x, dtype) for x in random_inputs(rng))
-        found = run(params, config, points, hidden, None, context).gaussians
-        as_torch = jax.tree.map(lambda x: torch.tensor(np.asarray(x)), params)
-        for i in range(2):
-            expected = twin.decode(as_torch, config, *(torch.tensor(x[i]) for x in (points, hidden, context)))
-            for name in FIELDS:
-                np.testing.assert_allclose(getattr(found, name)[i], expected[name].numpy(), atol=tolerance, rtol=0)
-                # Not trivially alike: the points differ.
-                assert np.ptp(expected[name].numpy(), axis=0).max() > 1e-3
 
 
 def test_a_permutation_of_points_permutes_the_result(rng):
