@@ -73,7 +73,8 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         def one(path, value):
             # The last key by name: a boxed parameter has its box as a further step.
             name = next((str(k.key) for k in reversed(path) if isinstance(k, jax.tree_util.DictKey)), "")
-            return value.ndim >= 2 and not name.endswith(("scale", "bias", "norm"))
+            # Encoders number theirs: scale1, scale2.
+            return value.ndim >= 2 and not name.rstrip("0123456789").endswith(("scale", "bias", "norm"))
 
         return jax.tree_util.tree_map_with_path(one, params)
 

@@ -157,7 +157,8 @@ def test_one_trace_for_all_steps(tmp_path, monkeypatch):
 def test_weight_decay_spares_norms():
     config = dataclasses.replace(toy.CONFIG, weight_decay=10.0, learning_rate=1e-2, warmup_steps=0)
     optimizer = make_optimizer(config)
-    params = {"w1": jnp.ones((2, 2)), "scale": jnp.ones((3, 2))}
+    params = {"w1": jnp.ones((2, 2)), "scale": jnp.ones((3, 2)), "scale2": jnp.ones((3, 2))}
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     np.testing.assert_allclose(updates["w1"], -0.1, rtol=1e-6)
     assert not np.any(updates["scale"])
+    assert not np.any(updates["scale2"])
