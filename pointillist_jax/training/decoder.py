@@ -130,13 +130,14 @@ def compose_loss(
 ) -> tuple[Array, Array, dict[str, tuple[Array, Array]]]:
     """λ₁ L1 + λ₂ (1 − SSIM) + λ₃ LPIPS + λ₄ mean squared offset (paper §4.4.2), summed over views; their number; the
     other sums of `make_loss`."""
-    weight = batch["weight"].astype(jnp.float32)
+    dtype = images.dtype
+    weight = batch["weight"].astype(dtype)
     with jax.named_scope("loss"):
-        target = batch["image"].astype(jnp.float32) / 255
+        target = batch["image"].astype(dtype) / 255
         views = {"l1": l1(images, target), "ssim": ssim(images, target)}
         if "lpips" in frozen and config.lambda_lpips:
             views["lpips"] = lpips(images, target, frozen["lpips"])
-        square = jnp.sum(decoded.offsets.astype(jnp.float32) ** 2, axis=(1, 2)) / batch["num_points"]
+        square = jnp.sum(decoded.offsets.astype(dtype) ** 2, axis=(1, 2)) / batch["num_points"]
         each = config.lambda_l1 * views["l1"] + config.lambda_ssim * (1 - views["ssim"])
         each += config.lambda_reg * square[:, None]
         if "lpips" in views:
