@@ -126,6 +126,7 @@ def test_schedule():
         np.testing.assert_allclose([training.learning_rate(config, step) for step in range(10)], expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_stage_one(rng):
     """With the tiny encoders trained along; windows with different numbers of supervised tokens in two parts."""
     config = changed(dtype="float64", layers=1, encoder=EncoderConfig(image_size=28, num_points=40))
@@ -146,6 +147,7 @@ def test_stage_one(rng):
     assert_same_steps(params, model, step, loss_fn, TRAIN, batches)
 
 
+@pytest.mark.slow
 def test_stage_two(rng):
     """Two subjects, two views each, one view of no weight."""
     config = dataclasses.replace(DECODER, layers=1, dtype="float64", cross_attention=False)
