@@ -86,8 +86,8 @@ def main() -> None:
     write(workdir, rows, drifts)
     for row in speed:
         print(
-            f"  {row['what']:<20} jax {row['jax_cpu_ms']:9.2f} ms of CPU, torch {row['torch_cpu_ms']:9.2f}: torch takes "
-            f"{row['torch_over_jax_cpu']:.2f} × jax's"
+            f"  {row['what']:<20} jax {row['jax_cpu_ms']:9.2f} ms of CPU, torch {row['torch_cpu_ms']:9.2f}: torch "
+            f"takes {row['torch_over_jax_cpu']:.2f} × jax's"
         )
     broken = {seed: first_diverging(found) for seed, found in rows.items()}
     print(f"\neverything lies in {workdir}/: rows.json, rows.csv" + (", drift.png" if drifts else ""))

@@ -38,6 +38,7 @@ from pointillist_jax.training import decoder
 from renderer_bridge import rasterize
 
 FLAME_FIELDS = ("shape", "expr", "rotation", "neck_pose", "jaw_pose", "eyes_pose", "translation")
+RIG_FIELDS = ("barycentrics", "skin_weights", "rest_linear", "rest_offset", "canonical_scale")
 PIXELS, VIEWS, CAPACITY = 32, 2, 1 << 14
 
 
@@ -121,7 +122,7 @@ def block_rows(scene: Scene, rng: np.random.Generator, bounds: Mapping[str, floa
         )
         rig = jax.jit(bind_points)(head, canonical, first["points"], first["binding"])
         other = torch_flame.bind(twin, tensors(first["canonical"]), tensors(first["points"]), tensors(first["binding"]))
-        for name in ("barycentrics", "skin_weights", "rest_linear", "rest_offset", "canonical_scale"):
+        for name in RIG_FIELDS:
             row(f"rig.{name}", getattr(rig, name), getattr(other, name))
         count = len(first["points"])
         quats = rng.normal(size=(count, 4)).astype(dtype)
@@ -133,8 +134,7 @@ def block_rows(scene: Scene, rng: np.random.Generator, bounds: Mapping[str, floa
             colors=jnp.asarray(rng.uniform(size=(count, 3)).astype(dtype)),
         )
         moved = jax.jit(animate)(Avatar(gaussians, rig), head, FlameParams(**posed))
-        same_rig = other._replace(**{n: tensors(getattr(rig, n)) for n in
-                                     ("barycentrics", "skin_weights", "rest_linear", "rest_offset", "canonical_scale")})  # fmt: skip
+        same_rig = other._replace(**{n: tensors(getattr(rig, n)) for n in RIG_FIELDS})
         found = torch_flame.animate(twin, same_rig, tensors(gaussians.quats), tensors(gaussians.scales), tensors(posed))
         for name, value in zip(("means", "quats", "scales"), found, strict=True):
             # q and -q are one rotation: their outer products with themselves are equal.
@@ -200,5 +200,5 @@ def step_comparison(
 
 
 def _torch_lpips(weights: Mapping[str, np.ndarray]) -> torch_losses.Lpips:
-    linear = [torch.tensor(np.asarray(w)).to(tensors(weights["features.0.bias"]).dtype) for w in linear_weights()]
-    return torch_losses.Lpips(tensors(dict(weights)), linear)
+    linear = [np.asarray(w, weights["features.0.bias"].dtype) for w in linear_weights()]
+    return torch_losses.Lpips(weights, linear)
