@@ -75,6 +75,8 @@ def main() -> None:
         if not trained_decoder.config.cross_attention:
             unread = ("ar", "step", "image_weights", "point_weights")
             refuse_flags(unread, "with --features, unless the decoder has cross-attention")
+        if SHAPES.value is None:
+            raise UserError("--features needs --store, the token store they were extracted from: it knows the shapes.")
         features = FeatureSet(FEATURES.value)
         names = tuple(dict.fromkeys(SUBJECTS.value or features.subjects))
         if unknown := [name for name in names if name not in features.subjects]:
@@ -171,8 +173,6 @@ def from_features(
             f"{FEATURES.value} are of step {features.spec.checkpoint.get('step')} of an AR model, the decoder was "
             f"trained on those of step {decoder.checkpoint.get('step')} of another one or another run: extract again."
         )
-    if SHAPES.value is None:
-        raise UserError("--features needs --store, the token store they were extracted from: it knows the shapes.")
     store = open_store(SHAPES.value, spec.tokenizer, flame_sha256=spec.flame_sha256)
     identities = [store.identity(store.index(name)) for name in names]
     contexts = None
