@@ -91,7 +91,7 @@ def test_a_transposed_joint_is_named(suite, monkeypatch):
 
     def transposed(axis_angle):
         rotation = rodrigues(axis_angle).clone()
-        rotation[..., 2, :, :] = rotation[..., 2, :, :].transpose(-1, -2)  # The jaw's.
+        rotation[..., 2, :, :] = rotation[..., 2, :, :].transpose(-1, -2).clone()  # The jaw's.
         return rotation
 
     monkeypatch.setattr(torch_flame, "rodrigues", transposed)
