@@ -24,6 +24,7 @@ from pointillist_jax.configs import ModelConfig
 from pointillist_jax.losses.cross_entropy import slot_cross_entropy
 from pointillist_jax.models import ar
 from pointillist_jax.models.attention import attention
+from pointillist_jax.models.blocks import cast_layer
 from pointillist_jax.models.layers import rms_norm, rope_angles, unstack_layers
 from pointillist_jax.tokens import SLOTS
 
@@ -137,7 +138,7 @@ def _embed(params, config: ModelConfig, tokens):
 
 @functools.partial(jax.jit, static_argnums=1)
 def _layer(layer, config: ModelConfig, x, positions, context):
-    layer = ar.cast_layer(layer, config)
+    layer = cast_layer(layer, config.dtype)
     angles = rope_angles(positions, config.head_dim, config.rope_theta, ar.accumulator(config))
     options = {"implementation": config.attention, "block_size": config.attention_block}
     own = lambda q, k, v: (attention(q, k, v, causal=True, window=config.window, **options), None)  # noqa: E731

@@ -222,11 +222,12 @@ product.defvjp(_product_forward, _product_backward)
 def products(x: Float[Array, "*b I"], *weights: Float[Array, "I _"]) -> list[Float[Array, "*b _"]]:
     """x · w of each weight, as one product: fewer and larger ones keep more cores busy.
 
-    They stay apart over several devices, where weights laid side by side would have to be moved, and for few rows,
-    where copying the weights would cost more than the product.
+    They stay apart over several devices, where weights laid side by side would have to be moved, and for sequences of
+    few tokens, where copying the weights would cost more than the product. (What a batch holds must not decide: the
+    two ways round differently, and a row's result is not to depend on its neighbours.)
     """
-    rows = math.prod(x.shape[:-1])
-    if jax.sharding.get_abstract_mesh().size > 1 or rows < x.shape[-1]:
+    few = x.ndim < 3 or x.shape[-2] < x.shape[-1]
+    if jax.sharding.get_abstract_mesh().size > 1 or few:
         return [product(x, w) for w in weights]
     ends = np.cumsum([w.shape[1] for w in weights])
     return jnp.split(product(x, jnp.concatenate(weights, axis=1)), ends[:-1], axis=-1)

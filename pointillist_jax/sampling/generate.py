@@ -3,7 +3,8 @@
 DESIGN §6. What a subject becomes depends on its context, key, prefix and settings only, not on the batch it runs in.
 In exact arithmetic, that is: a product of one row and a product of seven may round differently, and once in a million
 draws that decides. `slots` pads a batch to a fixed number of rows, so that any number of subjects up to it runs the
-very same program: then tokens are identical bit for bit (bf16, where rounding decides far more often, wants it).
+very same program (bf16, where rounding decides far more often, wants it). Results are then equal bit for bit wherever
+a product rounds all its rows alike; on CPUs with AVX-512 a row's place in the batch may show in the seventh digit.
 """
 
 from __future__ import annotations
