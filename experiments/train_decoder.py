@@ -335,7 +335,10 @@ class Strips:
             return
         names = [self._subjects[stream][view.subject] for view in views]
         labels = names + [f"c{view.camera} t{view.timestep}" for view in views]
-        sheet = contact_sheet([v.rendered for v in views] + [v.photograph for v in views], labels, len(views))
+        # Small pictures are enlarged: names must fit beneath them.
+        zoom = -(-128 // views[0].rendered.shape[1])
+        images = [view.rendered for view in views] + [view.photograph for view in views]
+        sheet = contact_sheet([image.repeat(zoom, 0).repeat(zoom, 1) for image in images], labels, len(views))
         name, number = f"{self._step():06d}_{stream}", 1
         path = self._folder / f"{name}.png"
         while path.exists():
