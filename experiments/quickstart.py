@@ -54,7 +54,7 @@ OUTPUTS = {
     "from_portrait.mp4": "portrait to avatar, turning and talking; avatars/portrait/ is the bundle",
     "splats.png": "the fitted person as an avatar: views and expressions",
     "talking.mp4": "the same, turning and talking",
-    "frame.ply": "it with an open mouth as a standard splat file: open it in any 3DGS viewer",
+    "frame.ply": "it with its head turned as a standard splat file: open it in any 3DGS viewer",
     "avatar/": "the fitted person's bundle: canonical splats, rig, card",
 }
 STEPS = 9
@@ -197,7 +197,7 @@ def show(workdir: Path, model: FlameModel, avatar: Avatar, size: int) -> None:
         camera = orbit(1, width=size, height=size, distance=1.2, target=(0.0, -0.03, -0.04), azimuth=(azimuth, azimuth))
         sheet.append(renderer(params, camera.viewmats[0], camera.Ks[0]))
     write_image(workdir / "splats.png", contact_sheet(sheet, list(poses), 4))
-    save_ply(workdir / "frame.ply", renderer.pose(poses["jaw"][0]))
+    save_ply(workdir / "frame.ply", renderer.pose(poses["neck"][0]))
 
 
 if __name__ == "__main__":

@@ -37,4 +37,5 @@ def test_a_step_at_12000_tokens_takes_less_than_8_gb(tmp_path):
     found = json.loads(said.splitlines()[-1])
     assert 4 < found["loss"] < 12
     assert found["largest"] < T * 3000
-    assert found["before_gib"] < found["peak_gib"] < 8e9 / 2**30
+    # Compiling may have taken more than the step does.
+    assert found["before_gib"] <= found["peak_gib"] < 8e9 / 2**30
