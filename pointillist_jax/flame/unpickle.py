@@ -1,10 +1,11 @@
 """A restricted reader of pickled arrays, such as FLAME's `.pkl`: it rebuilds arrays and runs nothing.
 
-FLAME's releases and trackers' outputs are pickles, and a pickle can call any function. Here the stream is first scanned without being
-executed (number of operations, size of integers). Then it is loaded with every name it refers to replaced by an inert
-record, which only remembers the arguments and the state it is given. Afterwards the few keys a head needs are turned
-into plain NumPy arrays, by code that looks at the records and checks every size. Nothing of numpy, scipy, chumpy or the
-standard library is ever called by the stream. Old files need `latin1` strings and chumpy objects (facts F).
+FLAME's releases and trackers' outputs are pickles, and a pickle can call any function. Here the stream is first scanned
+without being executed (number of operations, size of integers). Then it is loaded with every name it refers to replaced
+by an inert record, which only remembers the arguments and the state it is given. Afterwards the few keys a head needs
+are turned into plain NumPy arrays, by code that looks at the records and checks every size. Nothing of numpy, scipy,
+chumpy or the standard library is ever called by the stream. Old files need `latin1` strings and chumpy objects (facts
+F).
 """
 
 from __future__ import annotations
