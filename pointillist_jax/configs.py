@@ -129,6 +129,8 @@ class DataConfig:
       bins: quantisation levels per axis (paper: 1024).
       lower, upper: corners of the quantised box, metres (ours).
       out_of_bounds: what happens to points outside the box: "error", or "clip" onto its border, counted.
+      keep: share of every fit's points that become tokens, drawn at random by the subject's name (ours, for laptops:
+        shorter sequences of the same shapes; the decoder makes up for the gaps with larger Gaussians). Paper: 1.
       canonical_jaw: radians by which the canonical mesh opens its mouth (ours: 0.3, the exporters'; 0 closes it).
       portrait_size: side of the stored portraits, pixels.
       subjects_per_shard: of a token store.
@@ -142,6 +144,7 @@ class DataConfig:
     lower: tuple[float, float, float] = DEFAULT_LOWER
     upper: tuple[float, float, float] = DEFAULT_UPPER
     out_of_bounds: str = "error"
+    keep: float = 1.0
     canonical_jaw: float = 0.3
     portrait_size: int = 518
     subjects_per_shard: int = 16

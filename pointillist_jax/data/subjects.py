@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,6 +61,9 @@ def subject_record(
     # `local_to_global` of the centres alone, in NumPy: JAX would compile anew for every number of Gaussians.
     frames = FaceFrames(*map(np.asarray, face_frames(flame_vertices(model, canonical), model.faces)))
     local = np.asarray(fit.gaussians.means)
+    if spec.keep < 1:
+        kept = _kept_points(name, len(local), spec.keep)
+        binding, local = binding[kept], local[kept]
     turned = np.einsum("pab,pb->pa", frames.rotation[binding], local)
     points = frames.scale[binding][:, None] * turned + frames.center[binding]
     try:
@@ -110,6 +114,14 @@ def find_portrait(folders: Sequence[str | os.PathLike], model: FlameModel, side:
         if (folder / "transforms_val.json").is_file() and (portrait := _capture_portrait(folder, model, side)):
             return portrait
     return None
+
+
+def _kept_points(name: str, num: int, keep: float) -> np.ndarray:
+    """Indices, in order, of a share of `num` points: by the subject's name, so that a store is the same wherever and
+    in whatever order it is built."""
+    seed = np.frombuffer(hashlib.sha256(name.encode()).digest(), np.uint32)
+    count = min(num, max(1, round(keep * num)))
+    return np.sort(np.random.default_rng(seed).choice(num, count, replace=False))
 
 
 def flame_fields(params: FlameParams, t: int | None = None) -> dict[str, np.ndarray]:

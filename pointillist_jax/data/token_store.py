@@ -54,6 +54,7 @@ class StoreSpec:
       canonical_jaw: radians by which the canonical mesh opens its mouth (DESIGN §3).
       portrait_size: side of the portraits in pixels.
       out_of_bounds: "error", or "clip" if points outside the cube were moved onto its border.
+      keep: share of every fit's points that were taken (`DataConfig.keep`).
     """
 
     tokenizer: PointTokenizer
@@ -62,6 +63,11 @@ class StoreSpec:
     canonical_jaw: float = 0.3
     portrait_size: int = 518
     out_of_bounds: str = "error"
+    keep: float = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.keep <= 1:
+            raise UserError(f"data.keep={self.keep} must lie above 0 and be at most 1.")
 
     def to_json(self) -> dict[str, Any]:
         t = self.tokenizer
@@ -77,6 +83,7 @@ class StoreSpec:
             "canonical_jaw": self.canonical_jaw,
             "portrait_size": self.portrait_size,
             "out_of_bounds": self.out_of_bounds,
+            "keep": self.keep,
         }
 
 
@@ -445,6 +452,7 @@ def read_spec(path: Path, meta: dict[str, Any]) -> StoreSpec:
             canonical_jaw=float(meta["canonical_jaw"]),
             portrait_size=int(meta["portrait_size"]),
             out_of_bounds=str(meta["out_of_bounds"]),
+            keep=float(meta.get("keep", 1.0)),  # Stores from before it took all points.
         )
     except UserError:
         raise
