@@ -30,7 +30,7 @@ from experiments.drawing import Drawing, Person, define_drawing, draw_clouds
 from experiments.heads import named_head
 from experiments.media import write_image
 from experiments.portraits import PortraitFlags
-from experiments.trained import Contexts, TrainedAR, load_ar
+from experiments.trained import Contexts, TrainedAR, load_ar, trained_path
 from pointillist_jax.cameras import orbit
 from pointillist_jax.configs import DecoderConfig, config_from_json
 from pointillist_jax.data.point_features import FeatureSet
@@ -146,7 +146,8 @@ def load_decoder(workdir: str | None) -> TrainedDecoder:
     """
     if workdir is None:
         raise UserError("--decoder is missing: name the workdir of a training (python -m experiments.train_decoder).")
-    params, meta = load_params(workdir)
+    path = trained_path(workdir, "decoder")
+    params, meta = load_params(path)
     meta = meta if isinstance(meta, dict) else {}
     if not isinstance(meta.get("features"), dict) or "tokenizer" not in meta["features"]:
         raise UserError(f"{workdir} is no training of the decoder (no features in its meta): check --decoder.")
@@ -156,7 +157,7 @@ def load_decoder(workdir: str | None) -> TrainedDecoder:
         raise UserError(f"{workdir} was trained on the head's vertices, an ablation without clouds; name another one.")
     checkpoint = meta["features"].get("checkpoint")
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
-    spec = read_spec(Path(workdir), meta["features"])
+    spec = read_spec(path, meta["features"])
     head = named_head(spec.flame_source, spec.flame_sha256, workdir, FLAME.value)
     return TrainedDecoder(workdir, jax.tree.map(jnp.asarray, params), config, spec, checkpoint, head)
 

@@ -18,8 +18,12 @@ from pointillist_jax.data.token_store import StoreSpec, TokenStore, read_spec, s
 from pointillist_jax.data.windows import split_subjects
 from pointillist_jax.files import UserError
 from pointillist_jax.flame import FlameModel
+from pointillist_jax.pretrained import weights_file
 from pointillist_jax.training.ar import encode
 from pointillist_jax.training.checkpoints import load_params, newest_step
+
+# What --ar and --decoder say for the weights that this package ships.
+PRETRAINED = "pretrained"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +68,20 @@ class TrainedAR:
         return split_subjects(store.subjects, min(self.data.held_out, len(store) - 1), self.data.split_seed)[1]
 
 
+def trained_path(text: str, kind: str) -> Path:
+    """Where a trained model lies: what a flag says, or for "pretrained" the weights that this package ships.
+
+    Args:
+      kind: "ar" or "decoder".
+    """
+    return weights_file(kind) if text == PRETRAINED else Path(text)
+
+
 def load_ar(workdir: str | None, step: int | None = None, flame: str | None = None) -> TrainedAR:
     """Loads what lies in a workdir of `experiments.train_ar`.
 
     Args:
-      workdir: of `--ar`.
+      workdir: of `--ar`; also a file of weights, or "pretrained".
       step: of the checkpoint; None is the newest.
       flame: the user's FLAME file, if the model was trained with it.
 
@@ -79,10 +92,11 @@ def load_ar(workdir: str | None, step: int | None = None, flame: str | None = No
     """
     if workdir is None:
         raise UserError("--ar is missing: name the workdir of a training (python -m experiments.train_ar).")
+    workdir = trained_path(workdir, "ar")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of metadata that its own writer left out.
     params, meta = load_params(workdir, step)
     step = newest_step(workdir) if step is None else step
-    where = str(Path(workdir) / "checkpoints" / str(step) / "meta")
+    where = str(workdir)
     meta = meta if isinstance(meta, dict) else {}
     # Only what is used is read: parts of a config that have changed since do not make a model useless.
     config = meta.get("config")
@@ -94,7 +108,7 @@ def load_ar(workdir: str | None, step: int | None = None, flame: str | None = No
     head = named_head(spec.flame_source, spec.flame_sha256, workdir, flame)
     features = meta.get("features")
     return TrainedAR(
-        workdir=Path(workdir),
+        workdir=workdir,
         params=jax.tree.map(jax.numpy.asarray, params),
         model=model,
         data=data,
