@@ -4,17 +4,16 @@
     python -m experiments.animate --avatar=… --motion=flame_param.npz [--camera=orbit] [--size=512] [--fps=24]
     python -m experiments.animate --avatar=… --capture=outputs/people/person_0003 [--split=test] [--capture_camera=8]
 
-`--motion` is turn, talk, expressions, turn_and_talk, or a flame_param.npz: of any person (cross-reenactment: the shape
-stays the avatar's) or of the avatar's own. `--camera` is front, orbit, or a path of cameras: a transforms.json with
-one camera, or one for each frame. `--capture` takes motion, cameras and size of a capture's view, shows each photograph
-beside the render and prints PSNR and SSIM; of the same person that is self-reenactment. With `--camera` only its motion
-is taken. The suffix of `--output` chooses: .mp4 is a video, .png a sheet of frames, a name without suffix a folder of
-PNGs.
+`--motion` is turn, talk, expressions, turn_and_talk, or what a tracker left (flame_param.npz, a .frame, a folder of
+either): of any person (cross-reenactment: the shape stays the avatar's) or of the avatar's own. `--camera` is front,
+orbit, or a path of cameras: a transforms.json with one camera, or one for each frame. `--capture` takes motion, cameras
+and size of a capture's view, shows each photograph beside the render and prints PSNR and SSIM; of the same person that
+is self-reenactment. With `--camera` only its motion is taken. The suffix of `--output` chooses: .mp4 is a video, .png a
+sheet of frames, a name without suffix a folder of PNGs.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -25,21 +24,21 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.common import refuse_flags, run
-from experiments.heads import named_head
+from experiments.frame_folders import check_frame_folder, frame_name, write_card
+from experiments.heads import avatar_head
 from experiments.media import write_image, write_video
-from experiments.motions import MOTIONS
+from experiments.motions import MOTIONS, TRACKED, check_motion, load_motion
 from experiments.pictures import BACKGROUND, contact_sheet
 from pointillist_jax.cameras import Camera, load_transforms, orbit
 from pointillist_jax.data.captures import load_capture
-from pointillist_jax.files import UserError, atomic_folder, read_json
-from pointillist_jax.flame import FlameModel, FlameParams, load_flame, open_head
-from pointillist_jax.flame.param_files import load_flame_params
+from pointillist_jax.files import UserError, atomic_folder
+from pointillist_jax.flame import FlameModel, FlameParams
 from pointillist_jax.gaussians import load_avatar
 from pointillist_jax.losses import psnr, ssim
 from pointillist_jax.playback import AvatarRenderer
 
 AVATAR = flags.DEFINE_string("avatar", None, "An avatar bundle (experiments.reconstruct, experiments.quickstart).")
-MOTION = flags.DEFINE_string("motion", "turn_and_talk", f"{', '.join(MOTIONS)}, or a flame_param.npz.")
+MOTION = flags.DEFINE_string("motion", "turn_and_talk", f"{', '.join(MOTIONS)}, or {TRACKED}.")
 CAPTURE = flags.DEFINE_string("capture", None, "A capture whose motion, cameras and photographs are used instead.")
 SPLIT = flags.DEFINE_enum("split", "test", ("train", "val", "test"), "Of --capture.")
 CAPTURE_CAMERA = flags.DEFINE_integer("capture_camera", None, "Its camera index; the split's first if not given.")
@@ -55,7 +54,6 @@ OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace --output; of folde
 FLAME = flags.DEFINE_string("flame", None, "Your FLAME .pkl, if the avatar was made with it.")
 STRETCH = flags.DEFINE_boolean("follow_stretch", True, "Gaussians grow and shrink with their faces.")
 
-CARD = "animation.json"
 _MADE_BY = "experiments.animate"
 _SHEET = 24  # Frames on a .png.
 # Shapes of one person that two files hold in different precision.
@@ -70,7 +68,7 @@ def main() -> None:
     check_flags(output)
     check_output(output)
     avatar = load_avatar(AVATAR.value)
-    head = head_of(Path(AVATAR.value), FLAME.value)
+    head = avatar_head(AVATAR.value, FLAME.value)
     photographs: list[np.ndarray] = []
     if CAPTURE.value:
         motion, cameras, photographs = capture_motion(CAPTURE.value, head)
@@ -80,7 +78,7 @@ def main() -> None:
             # A path of many cameras gives a built-in motion its length.
             many = path is not None and len(path.viewmats) > 1
             refuse_flags(("frames",) if many else (), "with a path of several cameras, which has its own length")
-            motion = load_motion(MOTION.value, head, len(path.viewmats) if many else FRAMES.value)
+            motion = load_motion(MOTION.value, head, len(path.viewmats) if many else FRAMES.value, FPS.value)
         if path is None:
             # Trackers place heads in their own rooms: the camera stays in front of the mean position.
             motion = motion.replace(translation=motion.translation - motion.translation.mean(axis=0))
@@ -107,9 +105,7 @@ def check_flags(output: Path) -> None:
     """Raises UserError for values that do not exist and for flags that would do nothing."""
     if output.suffix not in (".mp4", ".png", ""):
         raise UserError(f"--output={output}: it must end in .mp4 or .png, or name a folder.")
-    built_in, path = MOTION.value in MOTIONS, CAMERA.value.endswith(".json")
-    if not built_in and not MOTION.value.endswith(".npz"):
-        raise UserError(f"--motion={MOTION.value} must be one of {', '.join(MOTIONS)}, or a flame_param.npz.")
+    built_in, path = check_motion(MOTION.value), CAMERA.value.endswith(".json")
     if not path and CAMERA.value not in ("front", "orbit"):
         raise UserError(f"--camera={CAMERA.value} must be front, orbit, or a transforms.json.")
     if CAPTURE.value:
@@ -122,7 +118,7 @@ def check_flags(output: Path) -> None:
         refuse_flags(("split", "capture_camera"), "without --capture")
         refuse_flags(() if path else ("cy_from_bottom",), "without --capture and without a transforms.json")
     if not built_in:
-        refuse_flags(("frames",), "with a flame_param.npz, which has its own length")
+        refuse_flags(("frames",), "with a flame_param.npz or another tracked motion, which has its own length")
     if path:
         refuse_flags(("size",), "with a transforms.json, which has its own")
     if output.suffix != ".mp4" and (CAPTURE.value or not built_in):
@@ -138,48 +134,11 @@ def check_output(output: Path) -> None:
     if not output.is_dir() and not output.suffix:
         raise UserError(f"--output={output} is a file; name a folder, or a file that ends in .mp4 or .png.")
     if output.is_dir():
+        check_frame_folder(output, _MADE_BY)
         if not any(output.iterdir()):
             return
-        if not _all_ours(output):
-            raise UserError(f"--output={output} holds something that this script did not write; name another folder.")
     if not OVERWRITE.value:
         raise UserError(f"--output={output} exists; give --overwrite to replace it, or name another.")
-
-
-def _all_ours(folder: Path) -> bool:
-    """Whether a folder holds frames that this script wrote, and nothing else: what its card says."""
-    if not (folder / CARD).is_file():
-        return False
-    card = read_json(folder / CARD, "the card of an animation")
-    frames = card.get("frames") if card.get("made_by") == _MADE_BY else None
-
-    def ours(path: Path) -> bool:
-        number = int(path.stem) if path.stem.isdecimal() else -1
-        return path.name == CARD or (path.name == _frame_name(number) and number in range(frames))
-
-    return isinstance(frames, int) and all(ours(path) for path in folder.iterdir())
-
-
-def _frame_name(i: int) -> str:
-    return f"{i:05d}.png"
-
-
-def head_of(bundle: Path, flame: str | None) -> FlameModel:
-    """The head an avatar bundle was made for. Raises UserError if it is neither --flame nor an open head."""
-    if flame:
-        return load_flame(flame)
-    card = read_json(bundle / "avatar.json", "an avatar bundle's card").get("flame")
-    card = card if isinstance(card, dict) else {}
-    for detail in ("coarse", "full"):
-        head = open_head(detail)
-        if (head.sha256, head.num_faces) == (card.get("sha256"), card.get("num_faces")):
-            return head
-    return named_head(f"a head of {card.get('num_faces')} faces", card.get("sha256"), str(bundle))
-
-
-def load_motion(text: str, head: FlameModel, frames: int) -> FlameParams:
-    """A built-in motion of so many frames, or a file's."""
-    return MOTIONS[text](head, frames, FPS.value) if text in MOTIONS else load_flame_params(text, head)
 
 
 def film_cameras(frames: int) -> Camera:
@@ -243,9 +202,8 @@ def write_frames(output: Path, frames: list[np.ndarray]) -> None:
     else:
         with atomic_folder(output) as folder:
             for i, frame in enumerate(frames):
-                write_image(folder / _frame_name(i), frame)
-            card = {"made_by": _MADE_BY, "frames": len(frames), "avatar": AVATAR.value}
-            (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
+                write_image(folder / frame_name(i, ".png"), frame)
+            write_card(folder, _MADE_BY, len(frames), ".png", {"avatar": AVATAR.value})
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
-"""Built-in motions: sequences of FLAME parameters that show what a head can do."""
+"""Motions: built-in sequences of FLAME parameters that show what a head can do, and those that trackers leave."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
+from pointillist_jax.convert import flame_params_from_tracker
+from pointillist_jax.files import UserError
 from pointillist_jax.flame import FlameModel, FlameParams
 
+TRACKED = "a flame_param.npz or another tracker's output (.frame or folder)"
 # A mouth that speaks: syllables of (jaw angle in radians, how much the corners are pulled), four a second.
 _SYLLABLES = ((0.02, 0.0), (0.16, 0.1), (0.05, 0.3), (0.2, 0.0), (0.08, 0.5), (0.03, 0.1), (0.22, 0.2), (0.1, 0.4))
 
@@ -102,3 +106,21 @@ def expressions(model: FlameModel, num_frames: int, fps: int = 24, most: int = 1
 
 
 MOTIONS = {"turn": turn, "talk": talk, "expressions": expressions, "turn_and_talk": turn_and_talk}
+
+
+def check_motion(text: str) -> bool:
+    """Whether --motion names a built-in one. Raises UserError if it is neither that nor something that exists."""
+    if text in MOTIONS:
+        return True
+    if not Path(text).exists():
+        raise UserError(f"--motion={text} must be one of {', '.join(MOTIONS)}, or {TRACKED} that exists.")
+    return False
+
+
+def load_motion(text: str, head: FlameModel, frames: int, fps: int) -> FlameParams:
+    """A built-in motion of so many frames, or a tracker's, with leading axis [T].
+
+    Raises:
+      UserError: as `convert.flame_params_from_tracker`.
+    """
+    return MOTIONS[text](head, frames, fps) if text in MOTIONS else flame_params_from_tracker(text, head)

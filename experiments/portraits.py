@@ -9,12 +9,12 @@ import numpy as np
 from absl import flags
 
 from experiments.common import refuse_flags
+from pointillist_jax.convert import flame_params_from_tracker
 from pointillist_jax.data.images import load_rgba, square_portrait
 from pointillist_jax.data.subjects import flame_fields
 from pointillist_jax.data.token_store import StoreSpec
 from pointillist_jax.files import UserError
-from pointillist_jax.flame import FlameModel, FlameParams
-from pointillist_jax.flame.param_files import load_flame_params
+from pointillist_jax.flame import FlameModel, FlameParams, load_flame
 
 
 class Portrait(NamedTuple):
@@ -37,12 +37,18 @@ class Portrait(NamedTuple):
 
 
 class PortraitFlags:
-    """--portrait, --tracker and --timestep. Make one at import; the rest is for `main`."""
+    """--portrait, --tracker, --tracker_flame and --timestep. Make one at import; the rest is for `main`."""
 
     def __init__(self):
         self._portrait = flags.DEFINE_string("portrait", None, "A photograph of a head.")
         self._tracker = flags.DEFINE_string(
-            "tracker", None, "Its FLAME parameters: a flame_param.npz; neutral ones if not given."
+            "tracker",
+            None,
+            "What a FLAME tracker found in it: a flame_param.npz or folder of VHAP, LAM or GaussianAvatars, a .frame, "
+            "mesh/canonical.ply or folder of Pixel3DMM; a neutral head if not given.",
+        )
+        self._tracker_flame = flags.DEFINE_string(
+            "tracker_flame", None, "The FLAME .pkl Pixel3DMM ran with; needed only where its meshes are not there."
         )
         self._timestep = flags.DEFINE_integer(
             "timestep", 0, "Which timestep of --tracker shows the portrait.", lower_bound=0
@@ -56,24 +62,26 @@ class PortraitFlags:
     def check(self) -> None:
         """Raises UserError for flags that would do nothing without the one they belong to."""
         if self.path is None:
-            refuse_flags(("tracker", "timestep"), "without --portrait, which it belongs to")
+            refuse_flags(("tracker", "tracker_flame", "timestep"), "without --portrait, which it belongs to")
         if self._tracker.value is None:
-            refuse_flags(("timestep",), "without --tracker, whose timestep it is")
+            refuse_flags(("timestep", "tracker_flame"), "without --tracker, which it belongs to")
 
     def read(self, spec: StoreSpec, head: FlameModel) -> Portrait:
         """The portrait at the size that models of this store see, and its head.
 
         Raises:
-          UserError: an image or a parameter file that is damaged; a timestep that the file does not have.
+          UserError: an image or a tracker's file that is damaged; a timestep that it does not have.
         """
         image = square_portrait(load_rgba(self.path), spec.portrait_size)
         if self._tracker.value is None:
             print(
                 "warning: no --tracker: the model is told a neutral head of mean shape, so only the photograph says "
-                "who this is; give the flame_param.npz of a FLAME tracker for a likeness of shape."
+                "who this is; give a FLAME tracker's output for a likeness of shape."
             )
             return Portrait(self.path, image, head.neutral_params())
-        params, t = load_flame_params(self._tracker.value, head), self._timestep.value
+        ran_with = load_flame(self._tracker_flame.value) if self._tracker_flame.value else None
+        params = flame_params_from_tracker(self._tracker.value, head, tracker_head=ran_with)
+        t = self._timestep.value
         if t >= len(params.expr):
             raise UserError(f"{self._tracker.value} holds {len(params.expr)} timesteps; --timestep={t} is none.")
         return Portrait(self.path, image, params.timestep(t))

@@ -32,10 +32,12 @@ from pointillist_jax.files import (
 )
 from pointillist_jax.flame.binding import PointRig
 from pointillist_jax.flame.model import FlameParams
+from pointillist_jax.ply import ply_matrix, read_ply_vertices
 
 # Y_00 of the real spherical harmonics: colour = 0.5 + SH_C0 · f_dc.
 SH_C0 = 0.28209479177387814
 _SH_REST = {0: 0, 9: 1, 24: 2, 45: 3, 72: 4}
+_WHAT = "a Gaussian splatting file, or a mesh or plain point cloud"
 _BUNDLE_FORMAT, _BUNDLE_VERSION = "pointillist-avatar", 1
 
 
@@ -94,18 +96,18 @@ def load_ply(path: str | os.PathLike, *, num_faces: int | None = None) -> Gaussi
       FileFormatError: names file and field: not a Gaussian PLY, truncated, oversized, NaN, values out of range.
     """
     path = require_file(path, "a Gaussian .ply")
-    columns = _read_vertices(path)
-    means = _matrix(path, columns, ["x", "y", "z"])
-    raw_scales = _matrix(path, columns, [f"scale_{i}" for i in range(3)])
-    quats = _matrix(path, columns, [f"rot_{i}" for i in range(4)])
-    raw_opacities = _matrix(path, columns, ["opacity"])[:, 0]
-    dc = _matrix(path, columns, [f"f_dc_{i}" for i in range(3)])
+    columns = read_ply_vertices(path)
+    means = ply_matrix(path, columns, ["x", "y", "z"], _WHAT)
+    raw_scales = ply_matrix(path, columns, [f"scale_{i}" for i in range(3)], _WHAT)
+    quats = ply_matrix(path, columns, [f"rot_{i}" for i in range(4)], _WHAT)
+    raw_opacities = ply_matrix(path, columns, ["opacity"], _WHAT)[:, 0]
+    dc = ply_matrix(path, columns, [f"f_dc_{i}" for i in range(3)], _WHAT)
     rest_names = [name for name in columns if re.fullmatch(r"f_rest_\d+", name)]
     if len(rest_names) not in _SH_REST:
         raise FileFormatError(
             f"{path}: {len(rest_names)} f_rest_* properties, expected 0, 9, 24, 45 or 72 (SH degree 0 to 4)."
         )
-    rest = _matrix(path, columns, [f"f_rest_{i}" for i in range(len(rest_names))])
+    rest = ply_matrix(path, columns, [f"f_rest_{i}" for i in range(len(rest_names))], _WHAT)
 
     norms = np.linalg.norm(quats.astype(np.float64), axis=1, keepdims=True)
     if bad := int((norms < 1e-12).sum()):
@@ -315,111 +317,9 @@ _CANONICAL = {
 }
 _CANONICAL_KEYS = {f"canonical_{name}" for name in _CANONICAL}
 
-_PLY_TYPES = {
-    **dict.fromkeys(("char", "int8"), "i1"),
-    **dict.fromkeys(("uchar", "uint8"), "u1"),
-    **dict.fromkeys(("short", "int16"), "i2"),
-    **dict.fromkeys(("ushort", "uint16"), "u2"),
-    **dict.fromkeys(("int", "int32"), "i4"),
-    **dict.fromkeys(("uint", "uint32"), "u4"),
-    **dict.fromkeys(("float", "float32"), "f4"),
-    **dict.fromkeys(("double", "float64"), "f8"),
-}
-_PLY_ORDERS = {"binary_little_endian": "<", "binary_big_endian": ">"}
-_MAX_HEADER = 1 << 16
-
-
-def _read_vertices(path: Path) -> dict[str, np.ndarray]:
-    """Columns of a PLY's `vertex` element, after the header's promises are checked against the file's size."""
-    with open(path, "rb") as file:
-        head = file.read(_MAX_HEADER)
-        end = re.search(rb"\r?\nend_header\r?\n", head)
-        if not re.match(rb"ply\r?\n", head) or end is None:
-            raise FileFormatError(f"{path} is not a PLY file (no ply … end_header); check the path.")
-        # Not splitlines: in latin1 it also splits at bytes that UTF-8 comments are made of.
-        lines = [line.rstrip("\r") for line in head[: end.start()].decode("latin1").split("\n")[1:]]
-        order, elements = _parse_header(path, lines)
-        if "vertex" not in elements:
-            raise FileFormatError(f"{path}: no vertex element, found: {', '.join(elements) or 'none'}.")
-        names = list(elements)
-        offset = end.end()
-        # Only fixed-size elements may stand before the vertices, because their bytes have to be skipped.
-        for name in names[: names.index("vertex")]:
-            count, dtype = _row_type(path, name, elements[name], order)
-            offset += count * dtype.itemsize
-        count, dtype = _row_type(path, "vertex", elements["vertex"], order)
-        needed, size = offset + count * dtype.itemsize, path.stat().st_size
-        if needed > size:
-            raise FileFormatError(
-                f"{path} is truncated: the header promises {count} Gaussians ({needed} bytes), the file has {size}; "
-                "copy it again."
-            )
-        if needed < size and names[-1] == "vertex":
-            raise FileFormatError(
-                f"{path} is oversized: {count} Gaussians need {needed} bytes, the file has {size}; the header's count "
-                "is wrong or something was appended: write it again."
-            )
-        file.seek(offset)
-        rows = np.frombuffer(file.read(count * dtype.itemsize), dtype)
-    return {name: rows[name] for name in dtype.names or ()}
-
-
-def _parse_header(path: Path, lines: list[str]) -> tuple[str, dict[str, list[list[str]]]]:
-    order, elements, current = "", {}, None
-    for line in lines:
-        words = line.split()
-        match words:
-            case [] | ["comment" | "obj_info", *_]:
-                continue
-            case ["format", name, _] if name in _PLY_ORDERS:
-                order = _PLY_ORDERS[name]
-            case ["format", *_]:
-                raise FileFormatError(f"{path}: {line!r}; only binary PLY is read: save it as binary_little_endian.")
-            case ["element", name, count] if re.fullmatch("[0-9]{1,15}", count) and name not in elements:
-                current = elements[name] = [["count", count]]
-            case ["property", *rest] if current is not None and len(rest) >= 2:
-                current.append(rest)
-            case _:
-                raise FileFormatError(f"{path}: header line {line[:80]!r} is no PLY; the file is damaged.")
-    if not order:
-        raise FileFormatError(f"{path}: the header has no format line; the file is damaged.")
-    return order, elements
-
-
-def _row_type(path: Path, element: str, rows: list[list[str]], order: str) -> tuple[int, np.dtype]:
-    fields = []
-    for kind, *name in rows[1:]:
-        if kind not in _PLY_TYPES or len(name) != 1:
-            raise FileFormatError(
-                f"{path}: property {kind} {' '.join(name)} of {element} is not a number; save it without."
-            )
-        fields.append((name[0], order + _PLY_TYPES[kind]))
-    if not fields:
-        raise FileFormatError(f"{path}: element {element} has no properties; the file is damaged.")
-    if len({name for name, _ in fields}) != len(fields):
-        raise FileFormatError(f"{path}: a property of {element} is named twice; write the file again.")
-    return int(rows[0][1]), np.dtype(fields)
-
-
-def _matrix(path: Path, columns: dict[str, np.ndarray], names: list[str]) -> np.ndarray:
-    """[G, len(names)] float32 of the named columns, all there and all finite."""
-    if missing := [name for name in names if name not in columns]:
-        raise FileFormatError(
-            f"{path}: property {missing[0]} is missing (found: {', '.join(list(columns)[:20])}); is this a Gaussian "
-            "splatting file, or a mesh or plain point cloud?"
-        )
-    num = len(next(iter(columns.values())))
-    out = np.empty((num, len(names)), np.float32)
-    for i, name in enumerate(names):
-        with np.errstate(over="ignore"):
-            out[:, i] = columns[name]
-        if bad := int((~np.isfinite(out[:, i])).sum()):
-            raise FileFormatError(f"{path}: {name} is NaN or infinite for {bad} Gaussians; remove them and save again.")
-    return out
-
 
 def _load_binding(path: Path, columns: dict[str, np.ndarray], num_faces: int | None) -> Array:
-    values = _matrix(path, columns, ["binding_0"])[:, 0].astype(np.float64)
+    values = ply_matrix(path, columns, ["binding_0"], _WHAT)[:, 0].astype(np.float64)
     if values.size and ((values < 0).any() or (values != np.round(values)).any() or values.max() >= 1 << 24):
         raise FileFormatError(f"{path}: binding_0 holds values that are no face index; the file is damaged.")
     if num_faces is not None and (outside := int((values >= num_faces).sum())):

@@ -102,7 +102,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise UserError(
             f"{path} needs PyTorch to be read: pip install torch (the extra `torch`), or take the .safetensors file."
         ) from None
-    zipped = _check_zip(path)
+    zipped = check_torch_zip(path)
     try:
         # Mapped, so that the parts nobody asks for (an optimiser, a CLIP model) are never read.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -127,8 +127,8 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     }
 
 
-def _check_zip(path: Path) -> bool:
-    """Whether it is a zip archive (torch ≥ 1.6); refuses one that would unpack to more than it is."""
+def check_torch_zip(path: Path) -> bool:
+    """Whether it is a zip archive (torch ≥ 1.6); FileFormatError for one that would unpack to more than it is."""
     if not zipfile.is_zipfile(path):
         return False
     try:

@@ -1,10 +1,11 @@
-"""A restricted reader of FLAME `.pkl` files: it rebuilds arrays and runs nothing.
+"""A restricted reader of pickled arrays, such as FLAME's `.pkl`: it rebuilds arrays and runs nothing.
 
-FLAME's releases are pickles, and a pickle can call any function. Here the stream is first scanned without being
-executed (number of operations, size of integers). Then it is loaded with every name it refers to replaced by an inert
-record, which only remembers the arguments and the state it is given. Afterwards the few keys a head needs are turned
-into plain NumPy arrays, by code that looks at the records and checks every size. Nothing of numpy, scipy, chumpy or the
-standard library is ever called by the stream. Old files need `latin1` strings and chumpy objects (facts F).
+FLAME's releases and trackers' outputs are pickles, and a pickle can call any function. Here the stream is first scanned
+without being executed (number of operations, size of integers). Then it is loaded with every name it refers to replaced
+by an inert record, which only remembers the arguments and the state it is given. Afterwards the few keys a head needs
+are turned into plain NumPy arrays, by code that looks at the records and checks every size. Nothing of numpy, scipy,
+chumpy or the standard library is ever called by the stream. Old files need `latin1` strings and chumpy objects (facts
+F).
 """
 
 from __future__ import annotations
@@ -28,12 +29,22 @@ _DTYPE = re.compile(r"[<>|=]?(?:[biufS]\d*|bool|float\d+|u?int\d+)")
 
 
 def load_flame_pickle(data: bytes, source: str, keys: Iterable[str]) -> dict[str, np.ndarray]:
+    """Returns the arrays under `keys` of a FLAME model's pickle: `load_pickled_arrays`, with sentences about FLAME."""
+    return load_pickled_arrays(data, source, keys, what="a FLAME model file", again="download it from its own site")
+
+
+def load_pickled_arrays(
+    data: bytes, source: str, keys: Iterable[str], *, optional: Iterable[str] = (), what: str, again: str
+) -> dict[str, np.ndarray]:
     """Returns the arrays under `keys` of a pickled dictionary; other keys are not even looked at.
 
     Args:
-      data: the file's bytes.
-      source: its path, for messages.
-      keys: what to read. Sparse matrices become dense, chumpy objects their values.
+      data: the pickle's bytes.
+      source: the file's path, for messages.
+      keys: what to read. Sparse matrices become dense, chumpy objects their values. A key with a slash, "a/b", may
+        also be "b" of a dictionary "a".
+      optional: further keys, which may be absent.
+      what: the file should be, and how to get it anew (`again`), for messages.
 
     Raises:
       UnsafeFileError: the pickle refers to something that is not array data; nothing of it was executed.
@@ -41,27 +52,39 @@ def load_flame_pickle(data: bytes, source: str, keys: Iterable[str]) -> dict[str
     """
     try:
         _scan(data)
-        content = _Unpickler(io.BytesIO(data), source).load()
+        content = _Unpickler(io.BytesIO(data), source, what, again).load()
     except FileFormatError:
         raise
     except Exception as error:  # A damaged stream can raise nearly anything inside the pickle machine.
         reason = str(error)[:200] or type(error).__name__
-        raise FileFormatError(f"{source} is damaged or not a pickle ({reason}); download it again.") from None
+        raise FileFormatError(f"{source} is damaged or not a pickle ({reason}); {again}.") from None
     if type(content) is not dict:
         kind = type(content).__name__.strip("_")
-        raise FileFormatError(f"{source} holds a {kind}, expected FLAME's dictionary; is this a FLAME model file?")
-    named = {_text(key): value for key, value in content.items() if isinstance(key, (str, bytes))}
+        raise FileFormatError(f"{source} holds a {kind}, expected a dictionary of arrays; is this {what}?")
+    named = _named(content)
     arrays = {}
-    for key in keys:
+    for key, needed in (*((key, True) for key in keys), *((key, False) for key in optional)):
         if key not in named:
+            if not needed:
+                continue
             found = ", ".join(name[:40] for name in sorted(named)[:20]) or "no names"
-            raise FileFormatError(f"{source}: key {key} is missing (found: {found}); is this a FLAME model file?")
+            raise FileFormatError(f"{source}: key {key} is missing (found: {found}); is this {what}?")
         try:
             arrays[key] = _array(named[key])
         except Exception as error:  # Whatever a hostile record makes NumPy say.
             reason = str(error)[:200] or type(error).__name__
-            raise FileFormatError(f"{source}: {key} is not an array ({reason}); download the file again.") from None
+            raise FileFormatError(f"{source}: {key} is not an array ({reason}); {again}.") from None
     return arrays
+
+
+def _named(content: dict) -> dict[str, Any]:
+    """Name → value; the values of a dictionary inside as "name/inner name"."""
+    named = {_text(key): value for key, value in content.items() if isinstance(key, (str, bytes))}
+    for name, value in list(named.items()):
+        if type(value) is dict:
+            inner = {_text(key): v for key, v in value.items() if isinstance(key, (str, bytes))}
+            named |= {f"{name}/{key}": v for key, v in inner.items() if f"{name}/{key}" not in named}
+    return named
 
 
 def _scan(data: bytes) -> None:
@@ -77,9 +100,9 @@ def _scan(data: bytes) -> None:
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file, source: str):
+    def __init__(self, file, source: str, what: str, again: str):
         super().__init__(file, fix_imports=False, encoding="latin1")
-        self._source = source
+        self._source, self._what, self._again = source, what, again
 
     def find_class(self, module: str, name: str) -> Any:
         root, record = module.partition(".")[0], _NAMES.get((module, name))
@@ -92,8 +115,8 @@ class _Unpickler(pickle.Unpickler):
             record = _Select if name == "Select" else _Chumpy
         if record is None:
             raise UnsafeFileError(
-                f"{self._source} refers to {module[:60]}.{name[:60]}, which a FLAME model file never needs; "
-                "nothing was executed: do not use this file, download FLAME from its own site."
+                f"{self._source} refers to {module[:60]}.{name[:60]}, which {self._what} never needs; "
+                f"nothing was executed: do not use this file, {self._again}."
             )
         return record
 

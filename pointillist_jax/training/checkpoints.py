@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,19 @@ def save_params(
             writer.save(target / "params", args=ocp.args.PyTreeSave(params))
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
             writer.save(target / "meta", args=ocp.args.JsonSave(meta))
+
+
+def model_kind(meta: Mapping[str, Any], where: str | os.PathLike) -> str:
+    """Which model a checkpoint with this meta holds: "ar" (its meta name a store) or "decoder" (they name features).
+
+    Raises:
+      UserError: neither.
+    """
+    if isinstance(meta.get("store"), dict):
+        return "ar"
+    if isinstance(meta.get("features"), dict) and "tokenizer" in meta["features"]:
+        return "decoder"
+    raise UserError(f"{where} is a run of neither experiments.train_ar nor experiments.train_decoder: check the path.")
 
 
 def _is_weights(path: str | os.PathLike) -> bool:
