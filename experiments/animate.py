@@ -25,15 +25,14 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.common import refuse_flags, run
-from experiments.heads import named_head
+from experiments.heads import head_of_avatar
 from experiments.media import write_image, write_video
-from experiments.motions import MOTIONS
+from experiments.motions import MOTIONS, check_motion, load_motion
 from experiments.pictures import BACKGROUND, contact_sheet
 from pointillist_jax.cameras import Camera, load_transforms, orbit
 from pointillist_jax.data.captures import load_capture
 from pointillist_jax.files import UserError, atomic_folder, read_json
-from pointillist_jax.flame import FlameModel, FlameParams, load_flame, open_head
-from pointillist_jax.flame.param_files import load_flame_params
+from pointillist_jax.flame import FlameModel, FlameParams
 from pointillist_jax.gaussians import load_avatar
 from pointillist_jax.losses import psnr, ssim
 from pointillist_jax.playback import AvatarRenderer
@@ -70,7 +69,7 @@ def main() -> None:
     check_flags(output)
     check_output(output)
     avatar = load_avatar(AVATAR.value)
-    head = head_of(Path(AVATAR.value), FLAME.value)
+    head = head_of_avatar(AVATAR.value, FLAME.value)
     photographs: list[np.ndarray] = []
     if CAPTURE.value:
         motion, cameras, photographs = capture_motion(CAPTURE.value, head)
@@ -80,7 +79,7 @@ def main() -> None:
             # A path of many cameras gives a built-in motion its length.
             many = path is not None and len(path.viewmats) > 1
             refuse_flags(("frames",) if many else (), "with a path of several cameras, which has its own length")
-            motion = load_motion(MOTION.value, head, len(path.viewmats) if many else FRAMES.value)
+            motion = load_motion(MOTION.value, head, len(path.viewmats) if many else FRAMES.value, FPS.value)
         if path is None:
             # Trackers place heads in their own rooms: the camera stays in front of the mean position.
             motion = motion.replace(translation=motion.translation - motion.translation.mean(axis=0))
@@ -108,8 +107,7 @@ def check_flags(output: Path) -> None:
     if output.suffix not in (".mp4", ".png", ""):
         raise UserError(f"--output={output}: it must end in .mp4 or .png, or name a folder.")
     built_in, path = MOTION.value in MOTIONS, CAMERA.value.endswith(".json")
-    if not built_in and not MOTION.value.endswith(".npz"):
-        raise UserError(f"--motion={MOTION.value} must be one of {', '.join(MOTIONS)}, or a flame_param.npz.")
+    check_motion(MOTION.value)
     if not path and CAMERA.value not in ("front", "orbit"):
         raise UserError(f"--camera={CAMERA.value} must be front, orbit, or a transforms.json.")
     if CAPTURE.value:
@@ -162,24 +160,6 @@ def _all_ours(folder: Path) -> bool:
 
 def _frame_name(i: int) -> str:
     return f"{i:05d}.png"
-
-
-def head_of(bundle: Path, flame: str | None) -> FlameModel:
-    """The head an avatar bundle was made for. Raises UserError if it is neither --flame nor an open head."""
-    if flame:
-        return load_flame(flame)
-    card = read_json(bundle / "avatar.json", "an avatar bundle's card").get("flame")
-    card = card if isinstance(card, dict) else {}
-    for detail in ("coarse", "full"):
-        head = open_head(detail)
-        if (head.sha256, head.num_faces) == (card.get("sha256"), card.get("num_faces")):
-            return head
-    return named_head(f"a head of {card.get('num_faces')} faces", card.get("sha256"), str(bundle))
-
-
-def load_motion(text: str, head: FlameModel, frames: int) -> FlameParams:
-    """A built-in motion of so many frames, or a file's."""
-    return MOTIONS[text](head, frames, FPS.value) if text in MOTIONS else load_flame_params(text, head)
 
 
 def film_cameras(frames: int) -> Camera:

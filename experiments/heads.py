@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from pointillist_jax.files import UserError, read_json
@@ -47,3 +48,15 @@ def named_head(source: Any, sha256: Any, where: str, flame: str | None = None) -
         if model.sha256 == sha256 and (flame or model.source == source):
             return model
     raise UserError(f"{where} was made with the head {source!r}: name its file with --flame.")
+
+
+def head_of_avatar(bundle: str | os.PathLike, flame: str | None) -> FlameModel:
+    """The head an avatar bundle was made for. Raises UserError if it is neither --flame nor an open head."""
+    if flame:
+        return load_flame(flame)
+    card = read_json(Path(bundle) / "avatar.json", "an avatar bundle's card").get("flame")
+    card = card if isinstance(card, dict) else {}
+    for head in map(open_head, DETAILS):
+        if (head.sha256, head.num_faces) == (card.get("sha256"), card.get("num_faces")):
+            return head
+    return named_head(f"a head of {card.get('num_faces')} faces", card.get("sha256"), str(bundle))

@@ -1,13 +1,16 @@
-"""Built-in motions: sequences of FLAME parameters that show what a head can do."""
+"""Motions: built-in sequences of FLAME parameters that show what a head can do, and those of files."""
 
 from __future__ import annotations
 
 import math
+import re
 
 import jax.numpy as jnp
 import numpy as np
 
+from pointillist_jax.files import UserError
 from pointillist_jax.flame import FlameModel, FlameParams
+from pointillist_jax.flame.param_files import load_flame_params
 
 # A mouth that speaks: syllables of (jaw angle in radians, how much the corners are pulled), four a second.
 _SYLLABLES = ((0.02, 0.0), (0.16, 0.1), (0.05, 0.3), (0.2, 0.0), (0.08, 0.5), (0.03, 0.1), (0.22, 0.2), (0.1, 0.4))
@@ -91,7 +94,7 @@ def expressions(model: FlameModel, num_frames: int, fps: int = 24, most: int = 1
     which = np.floor(phase).astype(int)
     expr = np.zeros((num_frames, model.expr_dirs.shape[-1]))
     # FLAME's directions are standard deviations of a population, the open head's whole movements.
-    size = 1.0 if model.expr_names else 2.0
+    size = 1.0 if named_expressions(model) else 2.0
     shown = which < num
     expr[np.flatnonzero(shown), which[shown]] = size * amount[shown]
     jaw = np.zeros((num_frames, 3))
@@ -102,3 +105,23 @@ def expressions(model: FlameModel, num_frames: int, fps: int = 24, most: int = 1
 
 
 MOTIONS = {"turn": turn, "talk": talk, "expressions": expressions, "turn_and_talk": turn_and_talk}
+
+
+def check_motion(text: str) -> None:
+    """Raises UserError unless `text` names a built-in motion or an .npz file."""
+    if text not in MOTIONS and not text.endswith(".npz"):
+        raise UserError(f"--motion={text} must be one of {', '.join(MOTIONS)}, or a flame_param.npz.")
+
+
+def load_motion(text: str, model: FlameModel, num_frames: int, fps: int) -> FlameParams:
+    """A built-in motion of so many frames, or a file's, which has its own length.
+
+    Raises:
+      FileNotFoundError, FileFormatError: as `load_flame_params`.
+    """
+    return MOTIONS[text](model, num_frames, fps) if text in MOTIONS else load_flame_params(text, model)
+
+
+def named_expressions(model: FlameModel) -> bool:
+    """Whether directions are movements with names; FLAME's are principal components, and their names only numbers."""
+    return any(not re.fullmatch(r"expr_\d+", name) for name in model.expr_names)
