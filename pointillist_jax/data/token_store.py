@@ -24,6 +24,7 @@ from jaxtyping import Int
 
 from pointillist_jax.data.byte_cache import ByteCache
 from pointillist_jax.data.records import pack_record, unpack_record
+from pointillist_jax.data.template_space import SPACES
 from pointillist_jax.files import (
     FileFormatError,
     UserError,
@@ -55,6 +56,7 @@ class StoreSpec:
       portrait_size: side of the portraits in pixels.
       out_of_bounds: "error", or "clip" if points outside the cube were moved onto its border.
       keep: share of every fit's points that were taken (`DataConfig.keep`).
+      space: "identity" or "template" (`DataConfig.space`).
     """
 
     tokenizer: PointTokenizer
@@ -64,8 +66,11 @@ class StoreSpec:
     portrait_size: int = 518
     out_of_bounds: str = "error"
     keep: float = 1.0
+    space: str = "identity"
 
     def __post_init__(self):
+        if self.space not in SPACES:
+            raise UserError(f"data.space={self.space!r} must be one of {', '.join(SPACES)}.")
         if not 0 < self.keep <= 1:
             raise UserError(f"data.keep={self.keep} must lie above 0 and be at most 1.")
 
@@ -84,6 +89,7 @@ class StoreSpec:
             "portrait_size": self.portrait_size,
             "out_of_bounds": self.out_of_bounds,
             "keep": self.keep,
+            "space": self.space,
         }
 
 
@@ -452,7 +458,9 @@ def read_spec(path: Path, meta: dict[str, Any]) -> StoreSpec:
             canonical_jaw=float(meta["canonical_jaw"]),
             portrait_size=int(meta["portrait_size"]),
             out_of_bounds=str(meta["out_of_bounds"]),
-            keep=float(meta.get("keep", 1.0)),  # Stores from before it took all points.
+            # Stores from before these took all points, around the people's own heads.
+            keep=float(meta.get("keep", 1.0)),
+            space=str(meta.get("space", "identity")),
         )
     except UserError:
         raise

@@ -23,8 +23,9 @@ from pointillist_jax.files import UserError
 from pointillist_jax.flame import FlameModel, FlameParams, flame_vertices
 from pointillist_jax.flame.surface_points import head_points
 from pointillist_jax.models.image_encoder import DinoV2, dinov2_param_specs, normalize_images
-from pointillist_jax.models.layers import Params, linear, linear_specs
+from pointillist_jax.models.layers import Params, linear, linear_specs, ones, rms_norm
 from pointillist_jax.models.point_encoder import PointEncoder, point_encoder_param_specs
+from pointillist_jax.tokens import SLOTS
 
 Features = Mapping[str, Array]
 
@@ -58,6 +59,11 @@ def condition_specs(config: ModelConfig) -> dict[str, Any]:
     axes, shapes = ("embed", "table_embed"), feature_shapes(config)
     widths = {"image": shapes["image"][1], "shape": shapes["points"][1], "parts": shapes["points"][1]}
     specs = {f"{name}_projection": linear_specs(width, config.width, axes) for name, width in widths.items()}
+    if config.condition_loss:
+        specs["marginals"] = {
+            "norm": ones(config.width),
+            **{slot: linear_specs(config.width, config.width, ("embed", None)) for slot in SLOTS},
+        }
     return specs if config.encoder.frozen else {**specs, **encoder_specs(config)}
 
 
@@ -125,6 +131,17 @@ def project_features(params: Params, config: ModelConfig, features: Features) ->
             ],
             axis=1,
         )
+
+
+def marginal_states(params: Params, context: Float[Array, "B S D"]) -> tuple[Float[Array, "B D"], ...]:
+    """States whose classification (`models.ar.output_tables`) says which x, y, z and b the person's points have.
+
+    `params`: as `condition_specs` with `condition_loss`. From the mean of the context: no point is read.
+    """
+    heads = params["marginals"]
+    with jax.named_scope("marginals"):
+        pooled = rms_norm(jnp.mean(context, axis=1), heads["norm"])
+        return tuple(linear(pooled, heads[slot]) for slot in SLOTS)
 
 
 def encode_condition(
