@@ -3,7 +3,7 @@
     python -m experiments.evaluate --ar=outputs/ar --decoder=outputs/decoder --store=outputs/tokens
        --captures=outputs/people --fits=outputs/fits --workdir=outputs/evaluation [--subjects=person_0003,…]
        [--protocols=self,cross] [--baselines=all|none|mean,nearest,…] [--avatars=<folder of bundles>]
-       [--views=48] [--resume|--overwrite]
+       [--views=48] [--vgg=… --inception=… --face_landmarker=… --sixdrepnet=… --clip=…] [--resume|--overwrite]
 
 People are those of the store that the AR model was not trained on and that have a capture. Each one's avatar is made
 from the portrait and the tracked shape of the store, then driven: by the person's own capture (`self`: compared with
@@ -38,6 +38,7 @@ from pointillist_jax.convert import load_torch_file, lpips_from_torch
 from pointillist_jax.data.captures import Capture, find_captures, load_capture
 from pointillist_jax.data.token_store import TokenStore, open_store
 from pointillist_jax.evaluation.baselines import BASELINES
+from pointillist_jax.evaluation.networks import ClipImages, FaceLandmarks, HeadPose, Inception
 from pointillist_jax.evaluation.protocols import (
     PROTOCOLS,
     Views,
@@ -71,6 +72,10 @@ FLAME = flags.DEFINE_string("flame", None, "Your FLAME .pkl, if the models were 
 IMAGE_WEIGHTS = flags.DEFINE_string("image_weights", None, "DINOv2's weights, for models with frozen encoders.")
 POINT_WEIGHTS = flags.DEFINE_string("point_weights", None, "Michelangelo's weights, for models with frozen encoders.")
 VGG = flags.DEFINE_string("vgg", None, "torchvision's vgg16-397923af.pth, for LPIPS.")
+INCEPTION = flags.DEFINE_string("inception", None, "weights-inception-2015-12-05-6726825d.pth, for FID.")
+LANDMARKER = flags.DEFINE_string("face_landmarker", None, "MediaPipe's face_landmarker.task, for AKD and APD-MP.")
+SIXDREPNET = flags.DEFINE_string("sixdrepnet", None, "6DRepNet_300W_LP_AFLW2000.pth, for APD.")
+CLIP = flags.DEFINE_string("clip", None, "Folder of a CLIP model (openai/clip-vit-base-patch32), for the CLIP score.")
 SLOTS = flags.DEFINE_integer("batch_size", 8, "Clouds that are drawn side by side.", lower_bound=1)
 RESUME = flags.DEFINE_boolean("resume", False, "Go on with what lies in --workdir.")
 OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Delete what this script wrote to --workdir first.")
@@ -222,6 +227,10 @@ def load_networks() -> Networks:
     found = {}
     if VGG.value is not None:
         found["lpips"] = lpips_from_torch(load_torch_file(VGG.value))
+    for field, flag, kind in (("inception", INCEPTION, Inception), ("landmarks", LANDMARKER, FaceLandmarks),
+                              ("pose", SIXDREPNET, HeadPose), ("clip", CLIP, ClipImages)):  # fmt: skip
+        if flag.value is not None:
+            found[field] = kind(flag.value)
     return Networks(**found)
 
 

@@ -41,7 +41,7 @@ def write_pictures(workdir: Path, protocol: str, name: str, driver: str, views: 
         images += [np.float32(image).repeat(zoom, 0).repeat(zoom, 1) for image in rows]
         if method == "truth":
             where = views.describe()
-            labels += [f"portrait of {name}"[-20:], *(f"c{where[i]['camera']} t{where[i]['timestep']}" for i in order)]
+            labels += ["portrait", *(f"c{where[i]['camera']} t{where[i]['timestep']}" for i in order)]
         else:
             labels += [method, *(scores[method][i] for i in order)]
     write_image(workdir / "pictures" / protocol / f"{name}.png", contact_sheet(images, labels, 1 + len(order)))

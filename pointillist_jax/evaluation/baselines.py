@@ -3,7 +3,7 @@
 Everything is triangle-local, so any guess can sit on any head: on the mean shape of the training people, on a training
 person's, or on the subject's own tracked one, which the method is given too.
 
-* **mean head**: one Gaussian on each face, the moments of all that the training people have there;
+* **mean head**: one Gaussian on each face, the mean of what the training people have there;
 * **mean picture**: the pixel mean of training people's pictures at the same pose and camera, which is the constant
   guess of least squared error, up to how many people are averaged;
 * **nearest person**: the whole fit of the training person whose portrait, or whose head shape, is nearest.
@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
+from scipy.spatial.transform import Rotation
 
 from pointillist_jax.files import UserError
 from pointillist_jax.flame import FlameModel, FlameParams, flame_vertices
-from pointillist_jax.flame.rotations import quat_to_rotation, rotation_to_quat
 from pointillist_jax.gaussians import SH_C0, Gaussians
 
 # Portraits are compared as so many blurred pixels a side: who somebody is, not where an eyelash lies.
@@ -58,9 +58,10 @@ BASELINES = {
 def mean_gaussians(people: Iterable[Gaussians], head: FlameModel) -> Gaussians:
     """The mean training head: at most one Gaussian on each face, triangle-local.
 
-    On every face the training people's Gaussians are one mixture, weighted by opacity. Mean, covariance (the spread
-    between people included) and colour are that mixture's moments; the opacity is the mean over people of how much all
-    their Gaussians on the face hide together, 1 − Π(1 − o), with 0 for people who have none there.
+    Of each person and face, position, covariance and colour are the means of the person's Gaussians there, weighted by
+    opacity, and the opacity is what they hide together, 1 − Π(1 − o). People count by that opacity, which is itself
+    averaged with 0 for those who have nothing on the face. The spread of positions is left out of the covariance: with
+    it scalps with and without hair make one huge Gaussian, and the guess is seven decibels worse (experiments/LOG.md).
 
     Args:
       people: triangle-local Gaussians of each, one pass.
@@ -70,34 +71,36 @@ def mean_gaussians(people: Iterable[Gaussians], head: FlameModel) -> Gaussians:
       UserError: nobody.
     """
     F = head.num_faces
-    weight, mean, second = np.zeros(F), np.zeros((F, 3)), np.zeros((F, 3, 3))
-    color, hidden, count = np.zeros((F, 3)), np.zeros(F), 0
+    # By columns: position, covariance, colour.
+    total, hidden, count = np.zeros((F, 3 + 9 + 3)), np.zeros(F), 0
     for person in people:
-        binding, w = np.asarray(person.binding), np.asarray(person.opacities, np.float64)
-        mu, turn = np.asarray(person.means, np.float64), np.asarray(quat_to_rotation(person.quats), np.float64)
-        spread = np.einsum("pab,pb,pcb->pac", turn, np.asarray(person.scales, np.float64) ** 2, turn)
-        np.add.at(weight, binding, w)
-        np.add.at(mean, binding, w[:, None] * mu)
-        np.add.at(second, binding, w[:, None, None] * (spread + mu[:, :, None] * mu[:, None, :]))
-        np.add.at(color, binding, w[:, None] * plain_colors(person))
-        seen_through = np.zeros(F)
-        np.add.at(seen_through, binding, np.log1p(-np.minimum(w, 1 - 1e-6)))
-        hidden += 1 - np.exp(seen_through)
+        binding, opacity = np.asarray(person.binding), np.asarray(person.opacities, np.float64)
+        # In NumPy: JAX would compile anew for every number of Gaussians.
+        turn = Rotation.from_quat(np.asarray(person.quats, np.float64), scalar_first=True).as_matrix()
+        covariance = np.einsum("pab,pb,pcb->pac", turn, np.asarray(person.scales, np.float64) ** 2, turn)
+        columns = np.concatenate(
+            [np.asarray(person.means, np.float64), covariance.reshape(-1, 9), plain_colors(person)], axis=1
+        )
+        weight, mine, seen_through = np.zeros(F), np.zeros_like(total), np.zeros(F)
+        np.add.at(weight, binding, opacity)
+        np.add.at(mine, binding, opacity[:, None] * columns)
+        np.add.at(seen_through, binding, np.log1p(-np.minimum(opacity, 1 - 1e-6)))
+        hides = 1 - np.exp(seen_through)
+        total += (hides / np.maximum(weight, 1e-12))[:, None] * mine
+        hidden += hides
         count += 1
     if not count:
         raise UserError("a mean head needs at least one training person with a fit: check --fits.")
-    faces = np.flatnonzero(weight > 1e-6)
-    w = weight[faces]
-    mu = mean[faces] / w[:, None]
-    covariance = second[faces] / w[:, None, None] - mu[:, :, None] * mu[:, None, :]
-    variances, axes = np.linalg.eigh(covariance)
+    faces = np.flatnonzero(hidden > 1e-6)
+    mean = total[faces] / hidden[faces][:, None]
+    variances, axes = np.linalg.eigh(mean[:, 3:12].reshape(-1, 3, 3))
     axes[:, :, 0] *= np.sign(np.linalg.det(axes))[:, None]
     return Gaussians(
-        means=jnp.asarray(mu, jnp.float32),
-        quats=rotation_to_quat(jnp.asarray(axes, jnp.float32)),
+        means=jnp.asarray(mean[:, :3], jnp.float32),
+        quats=jnp.asarray(Rotation.from_matrix(axes).as_quat(scalar_first=True), jnp.float32),
         scales=jnp.asarray(np.sqrt(np.maximum(variances, 1e-12)), jnp.float32),
         opacities=jnp.asarray(np.clip(hidden[faces] / count, 0, 0.999), jnp.float32),
-        colors=jnp.asarray(np.clip(color[faces] / w[:, None], 0, 1), jnp.float32),
+        colors=jnp.asarray(np.clip(mean[:, 12:], 0, 1), jnp.float32),
         binding=jnp.asarray(faces, jnp.int32),
     )
 
