@@ -285,7 +285,7 @@ def make_avatars(setup: Setup, drawing: Drawing, workdir: Path) -> dict[str, Pat
             np.asarray(cloud.points)[0][:num],
             np.asarray(cloud.binding)[0][:num],
             np.asarray(cloud.hidden)[0][:num],
-            contexts([person.condition])[0] if decoder.config.cross_attention else None,
+            contexts.for_decoder(decoder.config, person.condition),
         )
         provenance = {"made_by": "experiments.evaluate", "ar": trained.checkpoint, "seconds": round(seconds, 2)}
         save_avatar(bundles[person.name], avatar, provenance=provenance)

@@ -132,7 +132,7 @@ def show_pretrained(workdir: Path, stages: Stages, outputs: dict[str, str]) -> l
         splats = shaded(splats, binding, trained.head, np.asarray(canonical.shape), trained.spec.canonical_jaw)
         write_image(workdir / "cloud.png", np.concatenate(render_views(splats), axis=1))
     with stages.stage("colours, opacities, scales, rotations, offsets; the rig"):
-        context = contexts([portrait.condition])[0]
+        context = contexts.for_decoder(decoder.config, portrait.condition)
         avatar = decoder.avatar(canonical, points, binding, cloud.hidden[0][:num], context)
         provenance = {"made_by": "experiments.quickstart", "portrait": portrait.path.name, "ar": trained.checkpoint}
         save_avatar(workdir / "avatar", avatar, provenance=provenance)

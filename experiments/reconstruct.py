@@ -133,7 +133,7 @@ def from_features(
         cloud = features.load(name)
         canonical = head.neutral_params().replace(**{k: jnp.asarray(v) for k, v in identity.items()})
         canonical = canonical.canonical(spec.canonical_jaw)
-        context = None if contexts is None else contexts([contexts.condition(name)])[0]
+        context = None if contexts is None else contexts.for_decoder(config, contexts.condition(name))
         avatar = decoder.avatar(canonical, cloud.points, cloud.binding, cloud.hidden, context)
         yield name, avatar, {"features": dict(features.spec.checkpoint), "source": features.spec.source}
 
@@ -153,7 +153,7 @@ def from_portrait(decoder: TrainedDecoder) -> Iterator[tuple[str, Avatar, dict[s
             np.asarray(cloud.points)[0][:num],
             np.asarray(cloud.binding)[0][:num],
             np.asarray(cloud.hidden)[0][:num],
-            contexts([portrait.condition])[0] if config.cross_attention else None,
+            contexts.for_decoder(config, portrait.condition),
         )
         made = {"portrait": portrait.path.name, "ar": trained.checkpoint, "seconds": round(seconds, 2)}
         yield person.name, avatar, made

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 
 from experiments.heads import named_head
-from pointillist_jax.configs import DataConfig, ModelConfig, config_from_json
+from pointillist_jax.configs import DataConfig, DecoderConfig, ModelConfig, config_from_json
 from pointillist_jax.data.token_store import StoreSpec, TokenStore, read_spec, spec_difference
 from pointillist_jax.data.windows import split_subjects
 from pointillist_jax.files import UserError
 from pointillist_jax.flame import FlameModel
+from pointillist_jax.models.condition import with_patch_colors
 from pointillist_jax.pretrained import weights_file
 from pointillist_jax.training.ar import encode
 from pointillist_jax.training.checkpoints import load_params, newest_step
@@ -164,12 +165,22 @@ class Contexts:
         i = self._store.index(name)
         if not self._store.has_portrait[i]:
             raise UserError(f"{name} of {self._store.path} has no portrait; choose others with --subjects.")
-        return self._store.condition(i) if self._features is None else {"features": self._features[i]}
+        condition = self._store.condition(i)
+        return condition if self._features is None else {**condition, "features": self._features[i]}
 
     def __call__(self, conditions: Sequence[dict[str, Any]]) -> jax.Array:
         """[B, S, D] of B conditions. B decides the program."""
         batch = jax.tree.map(lambda *x: np.stack(x), *conditions)
         return self._encode(self._trained.params, self._frozen or {}, batch)
+
+    def for_decoder(self, config: DecoderConfig, condition: dict[str, Any]) -> jax.Array | None:
+        """[S, C] that a decoder of this config reads beside one person's points; None if it reads none."""
+        if not config.cross_attention:
+            return None
+        context = self([condition])
+        if config.context_colors:
+            context = with_patch_colors(context, jax.numpy.asarray(condition["portrait"])[None], self._trained.model)
+        return context[0]
 
 
 def _sha256(params: Any) -> str:

@@ -14,6 +14,9 @@ from typing import Any
 from pointillist_jax.files import UserError
 from pointillist_jax.tokens import DEFAULT_LOWER, DEFAULT_UPPER, PointTokenizer
 
+# Numbers that `DecoderConfig.context_colors` adds to a token: RGB of 2 × 2 quarters of a patch.
+PATCH_COLORS = 12
+
 
 def _one_of(config: Any, path: str, choices: dict[str, tuple[str, ...]]) -> None:
     """Raises UserError for the first field of `config` that is none of its legal values."""
@@ -345,6 +348,7 @@ class DecoderConfig:
         features, which were trained on shapes alone (ours).
       feature_width: of the AR model's hidden states, context_width: of its context; `for_features` sets them.
       lower, upper: corners of the box whose points are encoded, metres; of the tokenizer, `for_features` sets them.
+      space: of the points, "identity" or "template" (`DataConfig.space`); `for_features` sets it.
       octaves: frequencies of the positional encoding, from one wave over the box.
       width, layers, heads, head_dim, mlp_width: of the transformer.
       max_offset: metres, bound on each coordinate of the offset. max_scale: metres.
@@ -365,6 +369,7 @@ class DecoderConfig:
     context_width: int = 128
     lower: tuple[float, float, float] = DEFAULT_LOWER
     upper: tuple[float, float, float] = DEFAULT_UPPER
+    space: str = "identity"
     octaves: int = 8
     width: int = 64
     layers: int = 2
@@ -394,6 +399,7 @@ class DecoderConfig:
         choices = {
             "inputs": ("both", "ar_only", "position_only", "none"),
             "points": ("ar", "flame_vertices"),
+            "space": ("identity", "template"),
             "remat": ("none", "full"),
             "dtype": ("float32", "bfloat16", "float64"),
         }
@@ -420,10 +426,16 @@ class DecoderConfig:
     def uses_positions(self) -> bool:
         return self.inputs in ("both", "position_only")
 
-    def for_features(self, tokenizer: PointTokenizer, width: int) -> DecoderConfig:
-        """The same decoder for points of this tokenizer and an AR model of this width."""
+    def for_features(self, tokenizer: PointTokenizer, width: int, space: str = "identity") -> DecoderConfig:
+        """The same decoder for points of this tokenizer and space, and an AR model of this width."""
+        context_width = width + (PATCH_COLORS if self.context_colors else 0)
         return dataclasses.replace(
-            self, lower=tokenizer.lower, upper=tokenizer.upper, feature_width=width, context_width=width
+            self,
+            lower=tokenizer.lower,
+            upper=tokenizer.upper,
+            space=space,
+            feature_width=width,
+            context_width=context_width,
         )
 
 

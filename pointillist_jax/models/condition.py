@@ -11,6 +11,7 @@ Letters: B batch, D width, S context tokens = 1 + image patches + point queries.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from pointillist_jax.configs import EncoderConfig, ModelConfig
+from pointillist_jax.configs import PATCH_COLORS, EncoderConfig, ModelConfig
 from pointillist_jax.files import UserError
 from pointillist_jax.flame import FlameModel, FlameParams, flame_vertices
 from pointillist_jax.flame.surface_points import head_points
@@ -131,6 +132,25 @@ def project_features(params: Params, config: ModelConfig, features: Features) ->
             ],
             axis=1,
         )
+
+
+def with_patch_colors(
+    context: Float[Array, "B S D"], portrait: UInt8[Array, "B h w 3"], config: ModelConfig
+) -> Float[Array, "B S D+12"]:
+    """The context with each image patch's colours: RGB means of its 2 × 2 quarters, in [-1, 1]; zeros at other tokens.
+
+    Args:
+      context: of `encode_condition`: cls, patches row by row, then point tokens.
+      portrait: of any size; resized to two pixels a patch.
+    """
+    patches = feature_shapes(config)["image"][0] - 1
+    side = math.isqrt(patches)
+    small = jax.image.resize(portrait.astype(jnp.float32), (len(portrait), 2 * side, 2 * side, 3), "linear") / 127.5 - 1
+    # [B, row, quarter row, column, quarter column, RGB] → [B, patch, 12]
+    quarters = small.reshape(-1, side, 2, side, 2, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, patches, PATCH_COLORS)
+    after = context.shape[1] - 1 - patches
+    colors = jnp.pad(quarters, ((0, 0), (1, after), (0, 0))).astype(context.dtype)
+    return jnp.concatenate([context, colors], axis=-1)
 
 
 def marginal_states(params: Params, context: Float[Array, "B S D"]) -> tuple[Float[Array, "B D"], ...]:
