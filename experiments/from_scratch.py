@@ -140,9 +140,9 @@ def _sections(workdir: Path, unseen: str) -> list[Section]:
         )
         for title, figures in shown.items()
     ]
-    table = workdir / "evaluation" / "report.md"
+    table = workdir / "evaluation" / "table.md"
     if table.is_file():
-        sections.insert(-1, Section("Evaluation", links={"evaluation/report.md": "tables of all scores"}))
+        sections.insert(-1, Section("Evaluation", links={"evaluation/table.md": "tables of all scores"}))
     return sections
 
 
