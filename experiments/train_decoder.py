@@ -151,7 +151,9 @@ def main() -> None:
 def check_flags(config: Config) -> None:
     """Raises UserError for flags that would do nothing."""
     decoder_, data = "config.decoder.", (field.name for field in dataclasses.fields(config.data))
-    found = [decoder_ + name for name in ("feature_width", "context_width", "lower", "upper", "space")]
+    found = [
+        decoder_ + name for name in ("feature_width", "context_width", "context_tokens", "lower", "upper", "space")
+    ]
     refuse_flags(found, "here: the features decide it")
     refuse_flags([f"config.data.{name}" for name in data if name not in _LOADING], "in stage two: the features have it")
     refuse_flags([f"{decoder_}train.z_loss"], "in stage two, which has no logits")
@@ -222,7 +224,8 @@ def train_decoder(
 ) -> tuple[TrainState, str | None]:
     """Trains, or goes on with what lies in `workdir`. Returns the state and what stopped it early."""
     spec = data.features.spec
-    settings = config.decoder.for_features(spec.store.tokenizer, spec.width, spec.store.space)
+    context_tokens = len(next(iter(data.contexts.values()))) if data.contexts else 0
+    settings = config.decoder.for_features(spec.store.tokenizer, spec.width, spec.store.space, context_tokens)
     config = dataclasses.replace(config, decoder=settings)
     run_, devices = settings.train, make_mesh(mesh)
     if data.lpips is None and settings.lambda_lpips and not jax.process_index():

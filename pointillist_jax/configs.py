@@ -345,8 +345,10 @@ class DecoderConfig:
         no AR features, so `inputs` must be "position_only" or "none".
       cross_attention: to the AR model's image and point context.
       context_colors: the context's image tokens carry the colours of their patches (2 × 2 means) beside the AR model's
-        features, which were trained on shapes alone (ours).
+        features, which were trained on shapes alone; and all of these colours together, the portrait at two pixels a
+        patch, are part of every point's input (ours).
       feature_width: of the AR model's hidden states, context_width: of its context; `for_features` sets them.
+      context_tokens: of the context, with `context_colors`; set beside them.
       lower, upper: corners of the box whose points are encoded, metres; of the tokenizer, `for_features` sets them.
       space: of the points, "identity" or "template" (`DataConfig.space`); `for_features` sets it.
       octaves: frequencies of the positional encoding, from one wave over the box.
@@ -367,6 +369,7 @@ class DecoderConfig:
     context_colors: bool = False
     feature_width: int = 128
     context_width: int = 128
+    context_tokens: int = 0
     lower: tuple[float, float, float] = DEFAULT_LOWER
     upper: tuple[float, float, float] = DEFAULT_UPPER
     space: str = "identity"
@@ -426,8 +429,10 @@ class DecoderConfig:
     def uses_positions(self) -> bool:
         return self.inputs in ("both", "position_only")
 
-    def for_features(self, tokenizer: PointTokenizer, width: int, space: str = "identity") -> DecoderConfig:
-        """The same decoder for points of this tokenizer and space, and an AR model of this width."""
+    def for_features(
+        self, tokenizer: PointTokenizer, width: int, space: str = "identity", context_tokens: int = 0
+    ) -> DecoderConfig:
+        """The same decoder for points of this tokenizer and space, and an AR model of this width and context."""
         context_width = width + (PATCH_COLORS if self.context_colors else 0)
         return dataclasses.replace(
             self,
@@ -436,6 +441,7 @@ class DecoderConfig:
             space=space,
             feature_width=width,
             context_width=context_width,
+            context_tokens=context_tokens if self.context_colors else 0,
         )
 
 

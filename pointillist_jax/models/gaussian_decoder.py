@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pointillist_jax.configs import DecoderConfig
+from pointillist_jax.configs import PATCH_COLORS, DecoderConfig
 from pointillist_jax.flame.binding import PointRig
 from pointillist_jax.gaussians import Avatar, Gaussians
 from pointillist_jax.models.attention import attention
@@ -97,6 +97,12 @@ def param_specs(config: DecoderConfig) -> dict[str, Any]:
             specs["layers"] = stack_specs(_layer_specs(config), config.layers)
         if config.cross_attention:
             specs["context_norm"] = ones(config.context_width)
+        if config.context_colors:
+            size = config.context_tokens * PATCH_COLORS
+            specs["portrait_mlp"] = {
+                "up": linear_specs(size, D, (None, "mlp")),
+                "down": linear_specs(D, D, ("mlp", None)),
+            }
     # Zeros: at the start all Gaussians are alike, whatever the trunk says.
     size = sum(OUTPUTS.values())
     head = ParamSpec((D, size), ("embed", None), nn.initializers.zeros)
@@ -186,6 +192,9 @@ def _trunk(params, config, points, hidden, num_points, context, context_lengths)
             flat = hidden.reshape(*hidden.shape[:2], -1).astype(dtype)
             parts.append(_mlp(params["feature_mlp"], rms_norm(flat, params["feature_norm"])))
         x = linear(jnp.concatenate(parts, axis=-1), params["input"])
+        if config.context_colors:
+            colors = context[..., -PATCH_COLORS:].astype(dtype)
+            x = x + _mlp(params["portrait_mlp"], colors.reshape(len(colors), 1, -1))
     if config.cross_attention:
         context = rms_norm(context.astype(dtype), params["context_norm"])
     attend = functools.partial(attention, implementation=config.attention, block_size=config.attention_block)
