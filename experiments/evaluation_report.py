@@ -22,11 +22,10 @@ _CELL = 128
 _OVERVIEW = ("truth", "ours", "full", "mean_image", "mean_on_shape", "nearest", "nearest_on_shape")
 
 
-def write_pictures(workdir: Path, protocol: str, name: str, driver: str, views: Views, shown, scores) -> None:
-    """`pictures/<protocol>/<name>.png`: a row for each method, a column for each view, the portrait at the left.
+def write_pictures(path: Path, views: Views, shown: dict[str, np.ndarray], scores: dict[str, list[str]]) -> None:
+    """A person's sheet: a row for each method, a column for each view, the portrait at the left.
 
     Args:
-      driver: whose motion and photographs.
       views: that are shown, V.
       shown: method → [V, H, W, 3]; "portrait" → [side, side, 3] and "truth" among them.
       scores: method → V labels.
@@ -44,7 +43,7 @@ def write_pictures(workdir: Path, protocol: str, name: str, driver: str, views: 
             labels += ["portrait", *(f"c{where[i]['camera']} t{where[i]['timestep']}" for i in order)]
         else:
             labels += [method, *(scores[method][i] for i in order)]
-    write_image(workdir / "pictures" / protocol / f"{name}.png", contact_sheet(images, labels, 1 + len(order)))
+    write_image(path, contact_sheet(images, labels, 1 + len(order)))
 
 
 def azimuths(views: Views) -> np.ndarray:
