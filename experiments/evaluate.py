@@ -326,8 +326,7 @@ def make_avatars(setup: Setup, drawing: Drawing, workdir: Path) -> dict[str, Pat
         num = int(cloud.num_points[0])
         if num == 0:
             raise UserError(f"the model generated no points for {person.name}: train it longer, or try another --seed.")
-        found = (np.asarray(x)[0][:num] for x in (cloud.points, cloud.binding, cloud.hidden))
-        points, binding, hidden = found
+        points, binding, hidden = (np.asarray(x)[0][:num] for x in (cloud.points, cloud.binding, cloud.hidden))
         for method, names in todo.items():
             if person.name in names:
                 decode(method, person, points, binding, hidden, seconds=round(seconds, 2))

@@ -189,6 +189,8 @@ def _protocol_lines(protocol: str, found: dict[str, Any]) -> list[str]:
     width, height = found["size"]
     lines = [f"## {TITLES[protocol]}", "", f"{found['people']} held-out people, {found['pictures']} pictures of "
              f"{width} × {height} on white. {_driving(protocol)}", ""]  # fmt: skip
+    if not names:
+        return [*lines, "None of its metrics is available; what to supply stands below.", ""]
     lines += ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for method, row in found["scores"].items():
         cells = [_cell(row[n], METRICS[n].digits) for n in names]
@@ -221,6 +223,9 @@ def print_tables(results: dict[str, Any]) -> None:
     for protocol, found in results["protocols"].items():
         names = [n for n in METRICS if n in next(iter(found["scores"].values()))]
         print(f"\n{TITLES[protocol]}, {found['people']} held-out people, {found['pictures']} pictures:")
+        if not names:
+            print("  none of its metrics is available:")
+            continue
         print(f"  {'':<22}" + "".join(f"{METRICS[n].title:>16}" for n in names))
         for method, row in found["scores"].items():
             print(f"  {method:<22}" + "".join(f"{_cell(row[n], METRICS[n].digits):>16}" for n in names))

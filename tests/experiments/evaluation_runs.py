@@ -59,7 +59,7 @@ def write_everything(root: Path) -> None:
 
 
 def _write_person(root: Path, name: str, rng, renderer: AvatarRenderer | None) -> AvatarRenderer:
-    motion, num = random_person(rng), int(rng.integers(150, 250))
+    motion, num = random_person(rng), 200  # As many of everybody: JAX compiles anew for each number.
     motion = motion.replace(expr=0.3 * motion.expr, rotation=0.2 * motion.rotation)
     local = Gaussians(
         means=jnp.asarray(rng.normal(0, 0.3, (num, 3)), jnp.float32),
