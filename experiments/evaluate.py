@@ -3,13 +3,15 @@
     python -m experiments.evaluate --ar=outputs/ar --decoder=outputs/decoder --store=outputs/tokens
        --captures=outputs/people --fits=outputs/fits --workdir=outputs/evaluation [--subjects=person_0003,…]
        [--protocols=self,cross] [--baselines=all|none|mean,nearest,…] [--avatars=<folder of bundles>]
+       [--ablations=all|full,ar_only,…]
        [--views=48] [--vgg=… --inception=… --face_landmarker=… --sixdrepnet=… --clip=…] [--resume|--overwrite]
 
 People are those of the store that the AR model was not trained on and that have a capture. Each one's avatar is made
 from the portrait and the tracked shape of the store, then driven: by the person's own capture (`self`: compared with
 its photographs, all but the portrait) and by the next person's (`cross`: no photograph shows that, so no pixels are
 compared). Baselines are made of the training people's fits (`--fits`, what the store was tokenised from). `--avatars`
-takes bundles that are there already (`<folder>/<subject>/`, experiments.reconstruct).
+takes bundles that are there already (`<folder>/<subject>/`, experiments.reconstruct). `--ablations` scores what
+`experiments.train_decoder --compare` left in --decoder, variant beside variant: the paper's ablation table.
 
 Writes table.md, results.json, pictures/, and per person scores/ and avatars/, from which --resume goes on.
 """
@@ -21,37 +23,31 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from experiments.common import open_workdir, refuse_flags, run
 from experiments.drawing import Drawing, Person, define_drawing, draw_clouds
-from experiments.evaluation_report import azimuths, print_tables, write_pictures, write_report
+from experiments.evaluation_report import print_tables, write_report
 from experiments.guesses import Guesses
+from experiments.scoring import Scorer, Subject
 from experiments.trained import Contexts, TrainedAR, load_ar
-from experiments.trained_decoder import TrainedDecoder, load_decoder
+from experiments.trained_decoder import VARIANTS, TrainedDecoder, load_decoder
 from pointillist_jax.convert import load_torch_file, lpips_from_torch
 from pointillist_jax.data.captures import Capture, find_captures, load_capture
+from pointillist_jax.data.subject_views import TemplateClouds
 from pointillist_jax.data.token_store import TokenStore, open_store
 from pointillist_jax.evaluation.baselines import BASELINES
 from pointillist_jax.evaluation.networks import ClipImages, FaceLandmarks, HeadPose, Inception
-from pointillist_jax.evaluation.protocols import (
-    PROTOCOLS,
-    Views,
-    all_views,
-    chosen_views,
-    cross_pairs,
-    held_out_views,
-)
-from pointillist_jax.evaluation.scores import Networks, Seen, compare, look
-from pointillist_jax.files import UserError, atomic_path, read_json, write_npz
+from pointillist_jax.evaluation.protocols import PROTOCOLS, all_views, chosen_views, cross_pairs, held_out_views
+from pointillist_jax.evaluation.scores import Networks
+from pointillist_jax.files import UserError, atomic_path, read_json
 from pointillist_jax.flame import FlameParams
-from pointillist_jax.gaussians import Avatar, load_avatar, save_avatar
-from pointillist_jax.playback import AvatarRenderer
+from pointillist_jax.gaussians import save_avatar
+from pointillist_jax.training.checkpoints import newest_step
 
 AR = flags.DEFINE_string("ar", None, "Workdir of experiments.train_ar.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint of --ar; the newest if not given.", lower_bound=0)
@@ -59,6 +55,8 @@ DECODER = flags.DEFINE_string("decoder", None, "Workdir of experiments.train_dec
 STORE = flags.DEFINE_string("store", None, "The token store both were trained on.")
 CAPTURES = flags.DEFINE_string("captures", None, "Folder of captures of the held-out people.")
 FITS = flags.DEFINE_string("fits", None, "Folder of the training people's rigged fits, for baselines.")
+ABLATIONS = flags.DEFINE_list("ablations", [], f"With --decoder of train_decoder --compare: all, or some of "
+                              f"{', '.join(VARIANTS)}.")  # fmt: skip
 AVATARS = flags.DEFINE_string("avatars", None, "Avatar bundles that are there already, <subject>/ each.")
 WORKDIR = flags.DEFINE_string("workdir", "outputs/evaluation", "Where tables and pictures go.")
 SUBJECTS = flags.DEFINE_list("subjects", None, "Which held-out people; all with a capture if not given.")
@@ -83,8 +81,6 @@ drawing_flags = define_drawing()
 
 OURS = "ours"
 OUTPUTS = ("settings.json", "table.md", "results.json", "pictures", "scores", "avatars")
-# Pictures that are rendered and scored at once: what bounds memory.
-_AT_ONCE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +88,8 @@ class Setup:
     """Everything that is evaluated, and against what.
 
     Attributes:
-      trained: the AR model. decoder: None with --avatars.
+      trained: the AR model.
+      decoders: name in tables → decoder; none with --avatars.
       store: people's portraits and shapes.
       captures: of the held-out people that are evaluated.
       training: people that baselines are made of.
@@ -100,24 +97,21 @@ class Setup:
     """
 
     trained: TrainedAR
-    decoder: TrainedDecoder | None
+    decoders: dict[str, TrainedDecoder]
     store: TokenStore
     captures: dict[str, Capture]
     training: tuple[str, ...]
     baselines: tuple[str, ...]
 
     @property
-    def subjects(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
+        """Of the people that are evaluated."""
         return tuple(self.captures)
 
     def identity(self, name: str) -> FlameParams:
         """The tracked shape of somebody of the store, in a neutral pose."""
         fields = self.store.identity(self.store.index(name))
         return self.trained.head.neutral_params().replace(**{k: jnp.asarray(v) for k, v in fields.items()})
-
-    def portrait(self, name: str) -> np.ndarray:
-        """uint8 [side, side, 3]."""
-        return self.store.condition(self.store.index(name))["portrait"]
 
 
 def main() -> None:
@@ -128,13 +122,24 @@ def main() -> None:
     drawing = drawing_flags(setup.store)
     workdir = open_workdir(WORKDIR.value, OUTPUTS, resume=RESUME.value, overwrite=OVERWRITE.value)
     check_settings(workdir / "settings.json", settings(setup, drawing, networks))
-    avatars = make_avatars(setup, drawing, workdir)
+    bundles = make_avatars(setup, drawing, workdir)
+    head, jaw = setup.trained.head, setup.trained.spec.canonical_jaw
     guesses = Guesses(
-        setup.trained.head, setup.store, FITS.value, setup.training, setup.baselines,
-        mean_of=MEAN_OF.value, seed=drawing.seed, jaw=setup.trained.spec.canonical_jaw,
-    )  # fmt: skip
-    score_everyone(setup, avatars, guesses, networks, protocols, workdir, drawing.seed)
-    results = write_report(workdir, setup.subjects, protocols, networks, SUPPLY, guesses.notes)
+        head,
+        setup.store,
+        FITS.value,
+        setup.training,
+        setup.baselines,
+        mean_of=MEAN_OF.value,
+        seed=drawing.seed,
+        jaw=jaw,
+    )
+    subjects = [make_subject(setup, name, bundles, drawing.seed) for name in setup.names]
+    drivers = {"self": {name: name for name in setup.names}}
+    if "cross" in protocols:
+        drivers["cross"] = cross_pairs(setup.names)
+    Scorer(head, guesses, networks, workdir).run(subjects, {protocol: drivers[protocol] for protocol in protocols})
+    results = write_report(workdir, setup.names, protocols, networks, SUPPLY, guesses.notes)
     print_tables(results)
     print(f"\ndone in {time.perf_counter() - start:.0f} s; everything lies in {workdir}/:")
     print("  table.md       tables of every protocol, with definitions; results.json holds the same numbers")
@@ -158,6 +163,27 @@ def chosen_baselines() -> tuple[str, ...]:
 
 def load_setup(protocols: Sequence[str]) -> Setup:
     """Opens everything and says who is evaluated. Raises UserError where things do not belong together."""
+    check_flags()
+    baselines = chosen_baselines()
+    if baselines and FITS.value is None:
+        raise UserError("--fits is missing: baselines are made of the training people's fits (or --baselines=none).")
+    if not any(BASELINES[name].content == "mean_image" for name in baselines):
+        refuse_flags(("mean_of",), "without the baseline mean_image")
+    trained, store = load_ar(AR.value, STEP.value, FLAME.value), open_store(STORE.value)
+    trained.check_store(store)
+    decoders = load_decoders() if DECODER.value is not None else {}
+    for decoder in decoders.values():
+        decoder.check_ar(trained)
+    held_out = trained.held_out(store)
+    captures = load_captures(trained, store, held_out)
+    if "cross" in protocols:
+        cross_pairs(list(captures))
+    training = tuple(name for name in store.subjects if name not in held_out)
+    return Setup(trained, decoders, store, captures, training, baselines)
+
+
+def check_flags() -> None:
+    """Raises UserError for flags that are missing or would do nothing."""
     for flag, what in ((AR, "the workdir of experiments.train_ar"), (STORE, "the token store it was trained on"),
                        (CAPTURES, "captures of the people it was not trained on")):  # fmt: skip
         if flag.value is None:
@@ -166,26 +192,22 @@ def load_setup(protocols: Sequence[str]) -> Setup:
         raise UserError("give either --decoder=<workdir of experiments.train_decoder> or --avatars=<bundles>.")
     if AVATARS.value is not None:
         drawn = [field.name for field in dataclasses.fields(Drawing) if field.name != "seed"]
-        refuse_flags(
-            [*drawn, "batch_size", "image_weights", "point_weights"], "with --avatars, which are there already"
+        unread = [*drawn, "batch_size", "image_weights", "point_weights", "ablations"]
+        refuse_flags(unread, "with --avatars, which are made already")
+
+
+def load_decoders() -> dict[str, TrainedDecoder]:
+    """Those of --decoder: the one there, or with --ablations those of its folders."""
+    if not ABLATIONS.value:
+        return {OURS: load_decoder(DECODER.value, FLAME.value)}
+    there = [name for name in VARIANTS if (Path(DECODER.value) / name / "checkpoints").is_dir()]
+    if not there:
+        raise UserError(
+            f"--decoder={DECODER.value} holds none of {', '.join(VARIANTS)}: name the workdir of "
+            "experiments.train_decoder --compare=all."
         )
-    baselines = chosen_baselines()
-    if baselines and FITS.value is None:
-        raise UserError("--fits is missing: baselines are made of the training people's fits (or --baselines=none).")
-    if not any(BASELINES[name].content == "mean_image" for name in baselines):
-        refuse_flags(("mean_of",), "without the baseline mean_image")
-    trained, store = load_ar(AR.value, STEP.value, FLAME.value), open_store(STORE.value)
-    trained.check_store(store)
-    decoder = None
-    if DECODER.value is not None:
-        decoder = load_decoder(DECODER.value, FLAME.value)
-        decoder.check_ar(trained)
-    held_out = trained.held_out(store)
-    captures = load_captures(trained, store, held_out)
-    if "cross" in protocols:
-        cross_pairs(list(captures))
-    training = tuple(name for name in store.subjects if name not in held_out)
-    return Setup(trained, decoder, store, captures, training, baselines)
+    names = there if ABLATIONS.value == ["all"] else chosen(ABLATIONS, there)
+    return {name: load_decoder(str(Path(DECODER.value) / name), FLAME.value, template=True) for name in names}
 
 
 def load_captures(trained: TrainedAR, store: TokenStore, held_out: Sequence[str]) -> dict[str, Capture]:
@@ -207,9 +229,8 @@ def load_captures(trained: TrainedAR, store: TokenStore, held_out: Sequence[str]
     how = {"downscale": DOWNSCALE.value, "identity": "first", "cy_from_bottom": CY_FROM_BOTTOM.value}
     # A share each, so that all people's decoded pictures together stay bounded.
     how["cache_bytes"] = (1 << 30) // len(wanted)
-    return {
-        name: dataclasses.replace(load_capture(folders[name], trained.head, **how), subject=name) for name in wanted
-    }
+    captures = {name: load_capture(folders[name], trained.head, **how) for name in wanted}
+    return {name: dataclasses.replace(capture, subject=name) for name, capture in captures.items()}
 
 
 # What makes a metric available: field of `Networks` → what to supply.
@@ -237,10 +258,12 @@ def load_networks() -> Networks:
 def settings(setup: Setup, drawing: Drawing, networks: Networks) -> dict[str, Any]:
     """What decides the numbers: a resumed run must have the same."""
     made = {"avatars": str(Path(AVATARS.value).resolve())} if AVATARS.value else dataclasses.asdict(drawing)
+    decoders = {name: [str(Path(d.workdir).resolve()), newest_step(d.workdir)] for name, d in setup.decoders.items()}
     return {
         "ar": setup.trained.checkpoint,
-        "decoder": None if setup.decoder is None else str(Path(setup.decoder.workdir).resolve()),
+        "decoder": decoders,
         "store": str(setup.store.path.resolve()),
+        "captures": str(Path(CAPTURES.value).resolve()),
         "made": made,
         "seed": drawing.seed,
         "views": VIEWS.value,
@@ -263,151 +286,61 @@ def check_settings(path: Path, mine: dict[str, Any]) -> None:
 
 
 def make_avatars(setup: Setup, drawing: Drawing, workdir: Path) -> dict[str, Path]:
-    """Subject → bundle. Those that are not there yet are made, and written as they end."""
-    folder = Path(AVATARS.value or workdir / "avatars" / OURS)
-    bundles = {name: folder / name for name in setup.subjects}
-    todo = [name for name, bundle in bundles.items() if not (bundle / "avatar.json").is_file()]
+    """Name in tables → folder of bundles. Those that are not there yet are made, and written as they end."""
     if AVATARS.value is not None:
-        if todo:
-            raise UserError(f"--avatars={folder} holds no bundle of {todo[0]}: make it with experiments.reconstruct.")
-        return bundles
-    if not todo:
-        return bundles
-    trained, decoder, store = setup.trained, setup.decoder, setup.store
+        folder = Path(AVATARS.value)
+        if missing := [name for name in setup.names if not (folder / name / "avatar.json").is_file()]:
+            raise UserError(f"--avatars={folder} holds no bundle of {missing[0]}: experiments.reconstruct makes them.")
+        return {OURS: folder}
+    trained, store = setup.trained, setup.store
+    folders = {method: workdir / "avatars" / method for method in setup.decoders}
+    todo = {
+        method: [name for name in setup.names if not (folder / name / "avatar.json").is_file()]
+        for method, folder in folders.items()
+    }
+    templates = [method for method, decoder in setup.decoders.items() if decoder.config.points == "flame_vertices"]
     contexts = Contexts(trained, store, IMAGE_WEIGHTS.value, POINT_WEIGHTS.value)
-    people = [Person(name, contexts.condition(name), store.index(name)) for name in todo]
+
+    def decode(method: str, person: Person, points, binding, hidden, **made: Any) -> None:
+        decoder = setup.decoders[method]
+        canonical = setup.identity(person.name).canonical(trained.spec.canonical_jaw)
+        context = contexts.for_decoder(decoder.config, person.condition)
+        avatar = decoder.avatar(canonical, points, binding, hidden, context)
+        provenance = {"made_by": "experiments.evaluate", "ar": trained.checkpoint, **made}
+        save_avatar(folders[method] / person.name, avatar, provenance=provenance)
+
+    for method in templates:
+        clouds = TemplateClouds(trained.head, list(setup.captures.values()), trained.spec.canonical_jaw)
+        for name in todo.pop(method):
+            cloud = clouds.load(name)
+            person = Person(name, contexts.condition(name), store.index(name))
+            decode(method, person, cloud.points, cloud.binding, None)
+    people = [
+        Person(name, contexts.condition(name), store.index(name))
+        for name in setup.names
+        if any(name in names for names in todo.values())
+    ]
+    if not people:
+        return folders
     for person, cloud, seconds in draw_clouds(trained, people, contexts, drawing, SLOTS.value, return_hidden=True):
         num = int(cloud.num_points[0])
         if num == 0:
             raise UserError(f"the model generated no points for {person.name}: train it longer, or try another --seed.")
-        avatar = decoder.avatar(
-            setup.identity(person.name).canonical(trained.spec.canonical_jaw),
-            np.asarray(cloud.points)[0][:num],
-            np.asarray(cloud.binding)[0][:num],
-            np.asarray(cloud.hidden)[0][:num],
-            contexts.for_decoder(decoder.config, person.condition),
-        )
-        provenance = {"made_by": "experiments.evaluate", "ar": trained.checkpoint, "seconds": round(seconds, 2)}
-        save_avatar(bundles[person.name], avatar, provenance=provenance)
-    return bundles
+        points, binding, hidden = (np.asarray(x)[0][:num] for x in (cloud.points, cloud.binding, cloud.hidden))
+        for method, names in todo.items():
+            if person.name in names:
+                decode(method, person, points, binding, hidden, seconds=round(seconds, 2))
+    return folders
 
 
-def score_everyone(
-    setup: Setup,
-    avatars: dict[str, Path],
-    guesses: Guesses,
-    networks: Networks,
-    protocols: Sequence[str],
-    workdir: Path,
-    seed: int,
-) -> None:
-    """Renders and scores who is not scored yet, a person at a time."""
-    portraits = {name: setup.store.condition(setup.store.index(name)) for name in setup.subjects}
-    views = {
-        name: chosen_views(held_out_views(all_views(capture), portraits[name]), VIEWS.value, seed)
-        for name, capture in setup.captures.items()
-    }
-    drivers = {"self": {name: name for name in setup.subjects}}
-    if "cross" in protocols:
-        drivers["cross"] = cross_pairs(setup.subjects)
-    todo = [(p, n) for p in protocols for n in setup.subjects if not (workdir / "scores" / p / f"{n}.json").is_file()]
-    methods = 1 + len(setup.baselines)
-    total = sum(len(views[drivers[p][name]]) for p, name in todo) * methods
-    renderers: dict[tuple[int, int], AvatarRenderer] = {}
-    with tqdm(total=total, desc="score", unit="picture") as bar:
-        for protocol, name in todo:
-            driver = drivers[protocol][name]
-            avatar = load_avatar(avatars[name])
-            size = views[driver].size
-            if size not in renderers:
-                renderers[size] = AvatarRenderer(avatar, setup.trained.head, *size)
-            bar.set_postfix_str(f"{name}, {protocol}", refresh=False)
-            found = score_person(setup, name, avatar, views[driver], renderers[size], guesses, networks, protocol, bar)
-            write_scores(workdir, protocol, name, driver, views[driver], found, setup.portrait(name))
-
-
-class Found(NamedTuple):
-    """Of one person. scores: method → metric → a value for each view, None where there is no face; features: method or
-    "truth" → Inception's [N, D], if there is Inception; shown: method or "truth" → a few pictures [V, H, W, 3]."""
-
-    scores: dict[str, dict[str, list]]
-    features: dict[str, np.ndarray]
-    shown: dict[str, np.ndarray]
-
-
-def score_person(
-    setup: Setup,
-    name: str,
-    avatar: Avatar,
-    views: Views,
-    renderer: AvatarRenderer,
-    guesses: Guesses,
-    networks: Networks,
-    protocol: str,
-    bar: tqdm,
-) -> Found:
-    """Scores of every method on one person's views."""
-    portrait = setup.portrait(name)
-    embedding = None if networks.clip is None else np.asarray(networks.clip(portrait[None]))[0]
-    methods = {OURS: renderer.with_person(avatar).frames}
-    methods |= guesses.of(setup.identity(name), portrait, renderer)
-    scores: dict[str, dict[str, list]] = {method: {} for method in methods}
-    features: dict[str, list[np.ndarray]] = {}
-    shown: dict[str, list[np.ndarray]] = {}
-    show = set(shown_views(views))
-    for first in range(0, len(views), _AT_ONCE):
-        group = views.subset(range(first, min(first + _AT_ONCE, len(views))))
-        keep = [i for i in range(len(group)) if first + i in show]
-        # The last group is filled up, so that one program scores all.
-        filled = group.subset(np.minimum(np.arange(_AT_ONCE), len(group) - 1)) if first else group
-        truth = look(filled.photographs(), networks)
-        seen = {"truth": truth}
-        params, viewmats, Ks = filled.params, filled.viewmats, filled.Ks
-        for method, render in methods.items():
-            seen[method] = look(render(params, viewmats, Ks), networks)
-            found = compare(seen[method], truth, networks, portrait=embedding, pixels=protocol == "self")
-            for metric, values in found.items():
-                rounded = [None if np.isnan(v) else round(float(v), 6) for v in values[: len(group)]]
-                scores[method].setdefault(metric, []).extend(rounded)
-            bar.update(len(group))
-        for method, one in seen.items():
-            collect(one, len(group), keep, method, features, shown)
-    return Found(
-        scores,
-        {method: np.concatenate(rows) for method, rows in features.items()},
-        {method: np.stack(rows) for method, rows in shown.items()},
-    )
-
-
-def collect(seen: Seen, num: int, keep: Sequence[int], method: str, features: dict, shown: dict) -> None:
-    """Adds what is kept of a group's pictures: features of all, pictures of a few."""
-    if seen.features is not None:
-        features.setdefault(method, []).append(seen.features[:num])
-    shown.setdefault(method, []).extend(seen.pictures[i] for i in keep)
-
-
-def shown_views(views: Views, columns: int = 6) -> list[int]:
-    """A few of the views for a sheet: cameras from one side to the other."""
-    order = np.argsort(azimuths(views), kind="stable")
-    return sorted(set(order[np.linspace(0, len(order) - 1, min(columns, len(order))).astype(int)].tolist()))
-
-
-def write_scores(workdir: Path, protocol: str, name: str, driver: str, views: Views, found: Found, portrait) -> None:
-    """A person's arrays, sheet and scores. The scores come last: they say that the rest is there."""
-    rows = shown_views(views)
-    few = views.subset(rows)
-    arrays = {f"features_{method}": np.float32(values) for method, values in found.features.items()}
-    arrays |= {f"shown_{m}": np.uint8(np.round(255 * np.clip(x, 0, 1))) for m, x in found.shown.items()}
-    arrays |= {"shown_portrait": portrait, "frontal": np.array(np.argmin(np.abs(azimuths(few))))}
-    write_npz(workdir / "scores" / protocol / f"{name}.npz", arrays)
-    labels = {
-        method: [f"{row['psnr'][i]:.1f} dB" if "psnr" in row else "" for i in rows]
-        for method, row in found.scores.items()
-    }
-    write_pictures(workdir, protocol, name, driver, few, {**found.shown, "portrait": portrait}, labels)
-    card = {"subject": name, "driver": driver, "size": list(views.size), "views": views.describe()}
-    with atomic_path(workdir / "scores" / protocol / f"{name}.json") as temporary:
-        temporary.write_text(json.dumps({**card, "scores": found.scores}) + "\n")
+def make_subject(setup: Setup, name: str, bundles: dict[str, Path], seed: int) -> Subject:
+    """Somebody to score, with the views that are shown."""
+    condition = setup.store.condition(setup.store.index(name))
+    views = held_out_views(all_views(setup.captures[name]), condition)
+    if not len(views):
+        raise UserError(f"the capture of {name} has no view but the portrait: choose others with --subjects.")
+    avatars = {method: folder / name for method, folder in bundles.items()}
+    return Subject(name, avatars, setup.identity(name), condition["portrait"], chosen_views(views, VIEWS.value, seed))
 
 
 if __name__ == "__main__":

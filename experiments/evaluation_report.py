@@ -22,11 +22,10 @@ _CELL = 128
 _OVERVIEW = ("truth", "ours", "full", "mean_image", "mean_on_shape", "nearest", "nearest_on_shape")
 
 
-def write_pictures(workdir: Path, protocol: str, name: str, driver: str, views: Views, shown, scores) -> None:
-    """`pictures/<protocol>/<name>.png`: a row for each method, a column for each view, the portrait at the left.
+def write_pictures(path: Path, views: Views, shown: dict[str, np.ndarray], scores: dict[str, list[str]]) -> None:
+    """A person's sheet: a row for each method, a column for each view, the portrait at the left.
 
     Args:
-      driver: whose motion and photographs.
       views: that are shown, V.
       shown: method → [V, H, W, 3]; "portrait" → [side, side, 3] and "truth" among them.
       scores: method → V labels.
@@ -44,7 +43,7 @@ def write_pictures(workdir: Path, protocol: str, name: str, driver: str, views: 
             labels += ["portrait", *(f"c{where[i]['camera']} t{where[i]['timestep']}" for i in order)]
         else:
             labels += [method, *(scores[method][i] for i in order)]
-    write_image(workdir / "pictures" / protocol / f"{name}.png", contact_sheet(images, labels, 1 + len(order)))
+    write_image(path, contact_sheet(images, labels, 1 + len(order)))
 
 
 def azimuths(views: Views) -> np.ndarray:
@@ -190,6 +189,8 @@ def _protocol_lines(protocol: str, found: dict[str, Any]) -> list[str]:
     width, height = found["size"]
     lines = [f"## {TITLES[protocol]}", "", f"{found['people']} held-out people, {found['pictures']} pictures of "
              f"{width} × {height} on white. {_driving(protocol)}", ""]  # fmt: skip
+    if not names:
+        return [*lines, "None of its metrics is available; what to supply stands below.", ""]
     lines += ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for method, row in found["scores"].items():
         cells = [_cell(row[n], METRICS[n].digits) for n in names]
@@ -222,6 +223,9 @@ def print_tables(results: dict[str, Any]) -> None:
     for protocol, found in results["protocols"].items():
         names = [n for n in METRICS if n in next(iter(found["scores"].values()))]
         print(f"\n{TITLES[protocol]}, {found['people']} held-out people, {found['pictures']} pictures:")
+        if not names:
+            print("  none of its metrics is available:")
+            continue
         print(f"  {'':<22}" + "".join(f"{METRICS[n].title:>16}" for n in names))
         for method, row in found["scores"].items():
             print(f"  {method:<22}" + "".join(f"{_cell(row[n], METRICS[n].digits):>16}" for n in names))

@@ -67,6 +67,11 @@ class Guesses:
             self.notes = {"training people": len(training), "with a fit": len(self.people),
                           "people in mean_image": len(self._averaged)}  # fmt: skip
 
+    @property
+    def num(self) -> int:
+        """Of baselines."""
+        return len(self._names)
+
     def of(self, identity: FlameParams, portrait: np.ndarray, renderer: AvatarRenderer) -> dict[str, Render]:
         """Baseline → how it shows a subject.
 

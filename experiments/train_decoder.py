@@ -36,6 +36,7 @@ from experiments.job import MESH, SEED, open_job, start_job
 from experiments.media import write_image
 from experiments.pictures import contact_sheet
 from experiments.trained import Contexts, load_ar
+from experiments.trained_decoder import VARIANTS
 from pointillist_jax.configs import Config, DecoderConfig
 from pointillist_jax.convert import load_torch_file, lpips_from_torch
 from pointillist_jax.data.captures import Capture, find_captures, load_capture
@@ -67,14 +68,6 @@ COMPARE = flags.DEFINE_list("compare", [], "Train these one after another and pr
                             "ar_only, position_only, flame_vertices, mean_colour.")  # fmt: skip
 CONFIG = define_config("decoder", "data")
 
-# What --compare trains: name → changes of the decoder's config.
-VARIANTS = {
-    "full": {"inputs": "both", "points": "ar"},
-    "ar_only": {"inputs": "ar_only", "points": "ar"},
-    "position_only": {"inputs": "position_only", "points": "ar"},
-    "flame_vertices": {"inputs": "position_only", "points": "flame_vertices"},
-    "mean_colour": {"inputs": "none", "points": "ar"},
-}
 OUTPUTS = ("checkpoints", "metrics.jsonl", "tensorboard", "strips", "card.json", "curve.png", "table.json", *VARIANTS)
 # Scores of the table: a stream's name and what it is.
 STREAMS = {

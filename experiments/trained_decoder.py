@@ -19,6 +19,16 @@ from pointillist_jax.gaussians import Avatar
 from pointillist_jax.reconstruct import decode_avatar
 from pointillist_jax.training.checkpoints import load_params
 
+# The method and its ablations, as `train_decoder --compare` trains them in folders of these names: changes of the
+# decoder's config.
+VARIANTS = {
+    "full": {"inputs": "both", "points": "ar"},
+    "ar_only": {"inputs": "ar_only", "points": "ar"},
+    "position_only": {"inputs": "position_only", "points": "ar"},
+    "flame_vertices": {"inputs": "position_only", "points": "flame_vertices"},
+    "mean_colour": {"inputs": "none", "points": "ar"},
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainedDecoder:

@@ -98,8 +98,7 @@ class AvatarRenderer:
 
     def pose(self, params: FlameParams) -> Gaussians:
         """The Gaussians at a pose (without leading axes)."""
-        world = _pose(self._avatar, self._head, params, self._options["follow_stretch"])
-        return world if self._num == world.num_gaussians else jax.tree.map(lambda x: x[: self._num], world)
+        return _pose(self._avatar, self._head, params, self._options["follow_stretch"], self._num)
 
     def __call__(self, params: FlameParams, viewmat: Float[Array, "4 4"], K: Float[Array, "3 3"]) -> np.ndarray:
         """One frame, [H, W, 3] float32 in [0, 1]. `params`: one timestep; the identity is the avatar's own."""
@@ -151,7 +150,8 @@ class AvatarRenderer:
         return np.clip(np.concatenate(out), 0, 1)
 
     def _measure(self, params: FlameParams, viewmat, K) -> int:
-        world = _pose(self._avatar, self._head, params, self._options["follow_stretch"])
+        padded_to = self._avatar.gaussians.num_gaussians
+        world = _pose(self._avatar, self._head, params, self._options["follow_stretch"], padded_to)
         return _rounded(
             estimate_capacity(
                 world.means, world.quats, world.scales, world.opacities, jnp.asarray(viewmat)[None],
@@ -222,9 +222,10 @@ def _posed(avatar, head, params, follow_stretch: bool) -> Gaussians:
     return animate(avatar, head, params, follow_stretch=follow_stretch)
 
 
-@functools.partial(jax.jit, static_argnames="follow_stretch")
-def _pose(avatar, head, params, follow_stretch: bool) -> Gaussians:
-    return _posed(avatar, head, params, follow_stretch)
+@functools.partial(jax.jit, static_argnames=("follow_stretch", "num"))
+def _pose(avatar, head, params, follow_stretch: bool, num: int) -> Gaussians:
+    """The first `num` of them."""
+    return jax.tree.map(lambda x: x[:num], _posed(avatar, head, params, follow_stretch))
 
 
 _STATIC = ("width", "height", "capacity", "follow_stretch", "backend")

@@ -61,7 +61,7 @@ def mean_gaussians(people: Iterable[Gaussians], head: FlameModel) -> Gaussians:
     Of each person and face, position, covariance and colour are the means of the person's Gaussians there, weighted by
     opacity, and the opacity is what they hide together, 1 − Π(1 − o). People count by that opacity, which is itself
     averaged with 0 for those who have nothing on the face. The spread of positions is left out of the covariance: with
-    it scalps with and without hair make one huge Gaussian, and the guess is seven decibels worse (experiments/LOG.md).
+    it scalps with and without hair make one huge Gaussian (9.0 instead of 16.2 dB on four synthetic people).
 
     Args:
       people: triangle-local Gaussians of each, one pass.

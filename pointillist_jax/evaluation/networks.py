@@ -52,12 +52,13 @@ class Inception:
             )
         except RuntimeError as error:
             raise FileFormatError(f"{path} is not FID's Inception-v3 ({_first_line(error)}).") from None
-        self._torch = torch
+        self._torch, self._device = torch, _device(torch)
+        self._network.to(self._device)
 
     def __call__(self, pictures: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N 2048"]:
         batch = self._torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
         with self._torch.no_grad():
-            return self._network(batch)[0].numpy()
+            return self._network(batch.to(self._device))[0].cpu().numpy()
 
 
 class FaceLandmarks:
@@ -131,12 +132,13 @@ class HeadPose:
         self._torch = _torch("APD")
         network = _sixdrepnet().SixDRepNet("RepVGG-B1g2", "", deploy=True, pretrained=False)
         _load(network, weights, path, "6DRepNet", self._torch)
-        self._network = network.eval()
+        self._device = _device(self._torch)
+        self._network = network.eval().to(self._device)
 
     def __call__(self, pictures: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N 3 3"]:
         batch = self._torch.from_numpy(cropped(pictures, *_IMAGENET, bicubic=False))
         with self._torch.no_grad():
-            return self._network(batch).numpy()
+            return self._network(batch.to(self._device)).cpu().numpy()
 
 
 class ClipImages:
@@ -163,13 +165,14 @@ class ClipImages:
             raise FileFormatError(f"{folder} holds no CLIP model that can be read ({_first_line(error)}).") from None
         if missing := sorted(report["missing_keys"]):
             raise FileFormatError(f"{folder} lacks {missing[0]} of a CLIP vision model: is it one?")
-        self._network.eval()
+        self._device = _device(self._torch)
+        self._network.eval().to(self._device)
         self._side = int(self._network.config.image_size)
 
     def __call__(self, pictures: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N D"]:
         batch = self._torch.from_numpy(cropped(pictures, *_CLIP, bicubic=True, side=self._side))
         with self._torch.no_grad():
-            return self._network(pixel_values=batch).image_embeds.numpy()
+            return self._network(pixel_values=batch.to(self._device)).image_embeds.cpu().numpy()
 
 
 def cropped(pictures: UInt8[np.ndarray, "N H W 3"], mean, std, *, bicubic: bool, side: int = _CROP) -> np.ndarray:
@@ -203,6 +206,10 @@ def _torch(what: str) -> Any:
     except ImportError as error:
         raise _missing(what, "pip install torch", error) from None
     return torch
+
+
+def _device(torch: Any) -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _missing(what: str, command: str, error: ImportError) -> UserError:
