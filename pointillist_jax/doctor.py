@@ -1,20 +1,28 @@
-"""What this machine has and lacks: `python -m pointillist_jax.doctor`.
+"""What this machine has and lacks, and whether files of the user's own can be used.
 
-One line each for versions, devices, kernels and files, with the command that fixes what is missing. Exit code 1 if
-something the package needs does not work, 0 if only optional parts are missing. Imports nothing optional at the top.
+    python -m pointillist_jax.doctor
+    python -m pointillist_jax.doctor --flame=flame2023.pkl --captures=… --fits=… --dinov2=… --michelangelo=… --vgg=…
+        --tracker=… --weights=…
+
+Without flags: one line each for versions, devices, kernels and optional parts, with the command that fixes what is
+missing. With flags: one line for each file or folder, which is really loaded (`doctor_files`). Exit code 1 if something
+the package needs does not work or a file cannot be used, 0 if only optional parts are missing, 2 for a flag that does
+not exist. Imports nothing optional at the top.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.metadata
 import platform
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
-OK, OPTIONAL, BROKEN = "ok", "optional", "BROKEN"
+from pointillist_jax.doctor_files import BROKEN, FLAGS, OK, OPTIONAL, Finding, examine_files
+
 # Import name → distribution name of everything in pyproject.toml's core dependencies.
 CORE = {
     "jax": "jax",
@@ -31,26 +39,24 @@ CORE = {
     "jaxtyping": "jaxtyping",
     "imageio": "imageio",
     "imageio_ffmpeg": "imageio-ffmpeg",
+    "PIL": "pillow",
+    "matplotlib": "matplotlib",
+    "scipy": "scipy",
     "tqdm": "tqdm",
     "tensorboardX": "tensorboardX",
 }
 INSTALL = "pip install -e ."
 INSTALL_GPU = "pip install -e '.[gpu]'"
 INSTALL_TORCH = "pip install -e '.[torch]'"
-
-
-class Finding(NamedTuple):
-    """One line of the report: `status` is ok, optional (missing, not needed) or BROKEN; `fix` is empty when ok."""
-
-    status: str
-    name: str
-    found: str
-    fix: str = ""
+INSTALL_VIEWER = "pip install -e '.[viewer]'"
+INSTALL_EXPORT = "pip install -e '.[export]'"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
 def examine() -> Iterator[Finding]:
     """Yields the findings one by one; a check that fails unforeseen becomes a BROKEN line, not a traceback."""
-    for check in (_python, _core, _devices, _compiles, _open_head, _video, _torch, _bridge, _gsplat):
+    for check in (_python, _core, _devices, _compiles, _open_head, _video, _torch, _bridge, _gsplat, _viser, _gsply,
+                  _browser):  # fmt: skip
         try:
             yield from check()
         except Exception as error:
@@ -58,18 +64,45 @@ def examine() -> Iterator[Finding]:
             yield Finding(BROKEN, check.__name__.strip("_").replace("_", " "), reason[0][:200], INSTALL)
 
 
-def main() -> int:
-    findings = []
-    for finding in examine():
-        findings.append(finding)
-        print(f"{finding.status:<9} {finding.name:<18} {finding.found}", flush=True)
-        if finding.fix:
-            print(f"{'':<9} {'':<18} fix: {finding.fix}")
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the report; returns the exit code."""
+    paths = vars(_parser().parse_args(arguments))
+    if any(paths.values()):
+        findings = _report(examine_files(paths))
+        broken = [f.name for f in findings if f.status == BROKEN]
+        print(f"\ncannot be used: {', '.join(broken)}" if broken else "\neverything that was named can be used")
+        return 1 if broken else 0
+    findings = _report(examine())
     broken = [f.name for f in findings if f.status == BROKEN]
     missing = [f.name for f in findings if f.status == OPTIONAL]
     print(f"\n{'needs mending: ' + ', '.join(broken) if broken else 'everything that is needed works'}", end="")
     print(f"; optional and missing: {', '.join(missing)}" if missing else "")
     return 1 if broken else 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        print(f"error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m pointillist_jax.doctor", allow_abbrev=False,
+                     description="Checks this installation, or files of your own.")  # fmt: skip
+    for name, (what, _) in FLAGS.items():
+        parser.add_argument(f"--{name}", metavar="PATH", help=what)
+    return parser
+
+
+def _report(findings: Iterable[Finding]) -> list[Finding]:
+    """Prints the findings as they come."""
+    found = []
+    for finding in findings:
+        found.append(finding)
+        print(f"{finding.status:<9} {finding.name:<18} {finding.found}", flush=True)
+        if finding.fix:
+            print(f"{'':<9} {'':<18} fix: {finding.fix}")
+    return found
 
 
 def _python() -> Iterator[Finding]:
@@ -193,6 +226,38 @@ def _gsplat() -> Iterator[Finding]:
         yield Finding(OPTIONAL, "gsplat", "not installed: rendering uses the slower JAX rasteriser", INSTALL_GPU)
     else:
         yield Finding(OPTIONAL, "gsplat", "not installed; it needs a CUDA GPU", f"{INSTALL_GPU}   (on a CUDA machine)")
+
+
+def _viser() -> Iterator[Finding]:
+    yield _package("viser", "viewer", "no viewer in the browser, no HTML player", INSTALL_VIEWER)
+
+
+def _gsply() -> Iterator[Finding]:
+    yield _package("gsply", ".spz files", "no export to .spz", INSTALL_EXPORT)
+
+
+def _package(name: str, part: str, without: str, fix: str) -> Finding:
+    """An optional package that is only looked up: some take seconds to import."""
+    try:
+        return Finding(OK, part, f"{name} {importlib.metadata.version(name)}")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(OPTIONAL, part, f"{name} is not installed: {without}", fix)
+
+
+def _browser() -> Iterator[Finding]:
+    """A browser without a window: only the tests of the web pages need one."""
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        fix = "apt-get install chromium   (or your system's package of it)"
+        yield Finding(
+            OPTIONAL, "browser", "no chromium: tests of the web pages are skipped, nothing else needs it", fix
+        )
+        return
+    try:
+        said = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        said = ""
+    yield Finding(OK, "browser", f"{said.splitlines()[0] if said else 'found'} ({found})")
 
 
 if __name__ == "__main__":
