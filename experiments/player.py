@@ -35,6 +35,33 @@ _GUESS = 27.0
 _STEPS_PER_CM, _ANGLE_DECIMALS = 512.0, 4
 _TRIES = 6
 
+# viser sorts splats by depth in a worker that is a module in a blob. Of pages opened from disk, whose origin is opaque,
+# Chromium does not start those, and without it the back of the head is painted over the face. Modules in data: URLs it
+# starts.
+_WORKERS_FROM_DISK = """<script>
+if (location.protocol === "file:") {
+  const sources = new WeakMap(), urls = new Map();
+  const NativeBlob = Blob, NativeWorker = Worker, createObjectURL = URL.createObjectURL.bind(URL);
+  window.Blob = class extends NativeBlob {
+    constructor(parts, options) {
+      super(parts, options);
+      const script = /javascript/.test((options || {}).type) && parts.every((part) => typeof part === "string");
+      if (script) sources.set(this, parts.join(""));
+    }
+  };
+  URL.createObjectURL = (object) => {
+    const url = createObjectURL(object);
+    if (sources.has(object)) urls.set(url, "data:text/javascript," + encodeURIComponent(sources.get(object)));
+    return url;
+  };
+  window.Worker = class extends NativeWorker {
+    constructor(url, options) {
+      super(urls.get(String(url)) || url, options);
+    }
+  };
+}
+</script>"""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
@@ -192,7 +219,8 @@ class _Scene:
             if len(choice.frames) > 1:
                 recording.insert_sleep(choice.stride / self._fps)
             page = recording.as_html()
-        return page.replace("<title>Viser</title>", f"<title>{html.escape(title)}</title>", 1).encode()
+        page = page.replace("<title>Viser</title>", f"<title>{html.escape(title)}</title>", 1)
+        return page.replace("<head>", f"<head>{_WORKERS_FROM_DISK}", 1).encode()
 
     def _frames(self, frames: range, kept: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for t in tqdm(frames, desc="player", unit="frame", disable=len(frames) < 2):
