@@ -30,6 +30,8 @@ from pointillist_jax.splat_views import importance, own_colors, pose_splats
 _MIN_RATE, _MIN_POINTS = 8.0, 5000
 # Bytes of HTML for a Gaussian of a frame, of a head that turns and talks; the first guess.
 _GUESS = 27.0
+# A browser holds all of them unpacked, 32 bytes each, however well they compress.
+_MAX_RECORDS = 6_000_000
 # Places are rounded to 0.02 mm and angles to 1e-4 rad: what is the same to the eye becomes the same to the bit and is
 # stored once (-9 % for a head that turns and talks, half for one that turns to both sides).
 _STEPS_PER_CM, _ANGLE_DECIMALS = 512.0, 4
@@ -156,8 +158,10 @@ def _largest_that_fits(scene, title, max_bytes, shell, of_frames, of_points, fps
         if len(page) <= max_bytes and (best is None or choice.records > best[1].records):
             best = page, choice
         # Enough is known: all of it fits, or most of the room is used.
-        if best is not None and (best[1].records == of_frames * of_points or len(best[0]) > 0.9 * max_bytes):
-            break
+        if best is not None:
+            used = (len(best[0]) - shell) / (max_bytes - shell)
+            if used > 0.85 or best[1].records == of_frames * of_points:
+                break
     if best is None:
         raise UserError(
             f"a player of {max_bytes / 1e6:.1f} MB has no room for this motion: its program alone takes "
@@ -168,14 +172,14 @@ def _largest_that_fits(scene, title, max_bytes, shell, of_frames, of_points, fps
 
 def _choose(records: float, of_frames: int, of_points: int, fps: float) -> _Choice | None:
     """The most that so many records (points times frames) hold; None if that is next to nothing."""
-    strides = range(1, max(1, math.floor(fps / _MIN_RATE)) + 1)
-    for stride in strides:
+    records = min(records, _MAX_RECORDS)
+    for stride in range(1, max(1, math.floor(fps / _MIN_RATE)) + 1):
         choice = _Choice(stride, of_frames, of_points)
         if choice.records <= records:
             return choice
     fewest = min(_MIN_POINTS, of_points)
     frames = min(len(choice.frames), int(records / fewest))
-    if frames < 2:
+    if frames < min(2, of_frames):
         return None
     length = min(of_frames, frames * stride)
     return _Choice(stride, length, min(of_points, int(records / frames)))

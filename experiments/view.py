@@ -22,7 +22,7 @@ from experiments.motions import MOTIONS, check_motion, load_motion
 from experiments.viewer import STILL, Viewer
 from experiments.web_scene import open_server, quiet
 from pointillist_jax.files import UserError
-from pointillist_jax.flame import FlameModel, FlameParams
+from pointillist_jax.flame import FlameModel, FlameParams, load_flame
 from pointillist_jax.gaussians import Avatar, load_avatar
 
 AVATAR = flags.DEFINE_list("avatar", None, "Avatar bundles (experiments.reconstruct, experiments.quickstart).")
@@ -63,12 +63,13 @@ def main() -> None:
 
 def load_avatars(paths: list[str]) -> dict[str, tuple[Avatar, FlameModel]]:
     """Avatars and their heads by the names of their folders; the same name twice gets a number."""
+    own = load_flame(FLAME.value) if FLAME.value else None
     avatars: dict[str, tuple[Avatar, FlameModel]] = {}
     for path in paths:
         stem = name = Path(path).resolve().name
         while name in avatars:
             name = f"{stem} {len(avatars) + 1}"
-        avatars[name] = load_avatar(path), head_of_avatar(path, FLAME.value)
+        avatars[name] = load_avatar(path), own or head_of_avatar(path, None)
     return avatars
 
 

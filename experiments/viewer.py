@@ -243,7 +243,7 @@ class Viewer:
         with gui.add_folder("Motion"):
             self._motion = gui.add_dropdown("motion", tuple(self._motions), initial_value=motion)
             self._play = gui.add_checkbox("play", initial_value=motion != STILL)
-            self._timeline = gui.add_slider("frame", 0, max(self._frames - 1, 1), 1, 0)
+            self._timeline = gui.add_slider("frame", 0, max(self._frames - 1, 1), 1, 0, disabled=self._frames < 2)
             self._speed = gui.add_slider("speed", 0.1, 3.0, 0.1, 1.0)
         with gui.add_folder("View"):
             self._view = gui.add_dropdown("show", VIEWS, initial_value=VIEWS[0])
@@ -274,6 +274,7 @@ class Viewer:
         self._at = 0.0
         self._timeline.max = max(self._frames - 1, 1)
         self._timeline.value = 0
+        self._timeline.disabled = self._frames < 2
         self._play.value = self._motion.value != STILL
         self._changed.set()
 

@@ -65,7 +65,7 @@ def test_viewer_shows_splats_and_its_sliders_move_them(root, new_page):
             colored = page.picture_when(lambda picture: difference(after, picture).mean() > 10)
             assert np.abs(colored[4, 4] - BACKGROUND).max() < 4
             check_screenshot(page, colored)
-            assert re.search(r"632 points · \d+ ms a frame · \d+ frames/s", page.page.inner_text("body"))
+            assert re.search(r"\d+ points · \d+ ms a frame · \d+ frames/s", page.page.inner_text("body"))
             assert page.complaints == []
         finally:
             server.send_signal(signal.SIGINT)
