@@ -20,6 +20,8 @@ ARGUMENTS = (
     "--use-angle=swiftshader",
     "--enable-unsafe-swiftshader",
 )
+# Software rendering on a machine with other work can be a hundred times slower than on an idle one.
+PATIENCE = 240
 # viser 1.1.1 gives three.js corners of splats without a z when it culls them; nothing is wrong in the picture.
 KNOWN = "THREE.BufferGeometry.computeBoundingSphere(): Computed radius is NaN."
 
@@ -29,6 +31,7 @@ class Page:
 
     def __init__(self, page):
         self.page, self.complaints = page, []
+        page.set_default_timeout(1e3 * PATIENCE)
         page.on("console", lambda m: self._note(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: self._note(str(error)))
         page.on("requestfailed", lambda request: self._note(f"failed: {request.url[:200]}"))
@@ -49,7 +52,7 @@ class Page:
         left, top, width, height = (round(canvas[key]) for key in ("x", "y", "width", "height"))
         return shot[top : top + height, left : left + width]
 
-    def picture_when(self, condition: Callable[[np.ndarray], bool], seconds: float = 60) -> np.ndarray:
+    def picture_when(self, condition: Callable[[np.ndarray], bool], seconds: float = PATIENCE) -> np.ndarray:
         """The first picture that fulfils the condition. Fails the test if none comes in time."""
         end = time.monotonic() + seconds
         while True:
@@ -60,7 +63,7 @@ class Page:
                 pytest.fail(f"no such picture came in {seconds} s; complaints: {self.complaints}")
             time.sleep(0.2)
 
-    def still_picture(self, condition: Callable[[np.ndarray], bool], seconds: float = 60) -> np.ndarray:
+    def still_picture(self, condition: Callable[[np.ndarray], bool], seconds: float = PATIENCE) -> np.ndarray:
         """A picture that fulfils the condition and does not change any more."""
         last: list[np.ndarray] = []
 

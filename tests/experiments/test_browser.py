@@ -53,7 +53,9 @@ def test_viewer_shows_splats_and_its_sliders_move_them(root, new_page):
         command, cwd=ROOT, env=environment(root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as server:
         try:
-            url = next(found[1] for line in server.stdout if (found := re.search(r"open (http://127\S+) ", line)))
+            said = re.compile(r"open (http://127\.0\.0\.1:\d+) ")
+            url = next((found[1] for line in server.stdout if (found := said.search(line))), None)
+            assert url, server.stderr.read()
             page = new_page(640, 320)
             page.open(f"{url}?fixedDpr=1")
             before = page.still_picture(shows_the_face)
