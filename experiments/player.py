@@ -30,10 +30,39 @@ from pointillist_jax.splat_views import importance, own_colors, pose_splats
 _MIN_RATE, _MIN_POINTS = 8.0, 5000
 # Bytes of HTML for a Gaussian of a frame, of a head that turns and talks; the first guess.
 _GUESS = 27.0
+# A browser holds all of them unpacked, 32 bytes each, however well they compress.
+_MAX_RECORDS = 6_000_000
 # Places are rounded to 0.02 mm and angles to 1e-4 rad: what is the same to the eye becomes the same to the bit and is
 # stored once (-9 % for a head that turns and talks, half for one that turns to both sides).
 _STEPS_PER_CM, _ANGLE_DECIMALS = 512.0, 4
 _TRIES = 6
+
+# viser sorts splats by depth in a worker that is a module in a blob. Of pages opened from disk, whose origin is opaque,
+# Chromium does not start those, and without it the back of the head is painted over the face. Modules in data: URLs it
+# starts.
+_WORKERS_FROM_DISK = """<script>
+if (location.protocol === "file:") {
+  const sources = new WeakMap(), urls = new Map();
+  const NativeBlob = Blob, NativeWorker = Worker, createObjectURL = URL.createObjectURL.bind(URL);
+  window.Blob = class extends NativeBlob {
+    constructor(parts, options) {
+      super(parts, options);
+      const script = /javascript/.test((options || {}).type) && parts.every((part) => typeof part === "string");
+      if (script) sources.set(this, parts.join(""));
+    }
+  };
+  URL.createObjectURL = (object) => {
+    const url = createObjectURL(object);
+    if (sources.has(object)) urls.set(url, "data:text/javascript," + encodeURIComponent(sources.get(object)));
+    return url;
+  };
+  window.Worker = class extends NativeWorker {
+    constructor(url, options) {
+      super(urls.get(String(url)) || url, options);
+    }
+  };
+}
+</script>"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +158,10 @@ def _largest_that_fits(scene, title, max_bytes, shell, of_frames, of_points, fps
         if len(page) <= max_bytes and (best is None or choice.records > best[1].records):
             best = page, choice
         # Enough is known: all of it fits, or most of the room is used.
-        if best is not None and (best[1].records == of_frames * of_points or len(best[0]) > 0.9 * max_bytes):
-            break
+        if best is not None:
+            used = (len(best[0]) - shell) / (max_bytes - shell)
+            if used > 0.85 or best[1].records == of_frames * of_points:
+                break
     if best is None:
         raise UserError(
             f"a player of {max_bytes / 1e6:.1f} MB has no room for this motion: its program alone takes "
@@ -141,14 +172,14 @@ def _largest_that_fits(scene, title, max_bytes, shell, of_frames, of_points, fps
 
 def _choose(records: float, of_frames: int, of_points: int, fps: float) -> _Choice | None:
     """The most that so many records (points times frames) hold; None if that is next to nothing."""
-    strides = range(1, max(1, math.floor(fps / _MIN_RATE)) + 1)
-    for stride in strides:
+    records = min(records, _MAX_RECORDS)
+    for stride in range(1, max(1, math.floor(fps / _MIN_RATE)) + 1):
         choice = _Choice(stride, of_frames, of_points)
         if choice.records <= records:
             return choice
     fewest = min(_MIN_POINTS, of_points)
     frames = min(len(choice.frames), int(records / fewest))
-    if frames < 2:
+    if frames < min(2, of_frames):
         return None
     length = min(of_frames, frames * stride)
     return _Choice(stride, length, min(of_points, int(records / frames)))
@@ -192,7 +223,8 @@ class _Scene:
             if len(choice.frames) > 1:
                 recording.insert_sleep(choice.stride / self._fps)
             page = recording.as_html()
-        return page.replace("<title>Viser</title>", f"<title>{html.escape(title)}</title>", 1).encode()
+        page = page.replace("<title>Viser</title>", f"<title>{html.escape(title)}</title>", 1)
+        return page.replace("<head>", f"<head>{_WORKERS_FROM_DISK}", 1).encode()
 
     def _frames(self, frames: range, kept: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for t in tqdm(frames, desc="player", unit="frame", disable=len(frames) < 2):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import logging
 import math
 import socket
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ def open_server(host: str, port: int, label: str) -> viser.ViserServer:
     except ImportError:
         raise UserError(f"viser, which shows splats in a browser, is not installed: {INSTALL}") from None
     _check_port(host, port)
+    # The server under it reports every visitor through absl's log.
+    logging.getLogger("websockets").setLevel(logging.WARNING)
     # It announces itself in a box; the scripts say where they are in their own words.
     with quiet():
         server = viser.ViserServer(host=host, port=port, label=label, verbose=False)
@@ -92,7 +95,7 @@ def extent(gaussians: Gaussians) -> tuple[np.ndarray, np.ndarray]:
     return low, high
 
 
-def face_front(server: viser.ViserServer, low: np.ndarray, high: np.ndarray, aspect: float = 1.2) -> None:
+def face_front(server: viser.ViserServer, low: np.ndarray, high: np.ndarray, aspect: float = 1.1) -> None:
     """Lets new visitors look frontally at a box [3], [3] (centimetres) that fills their view; "reset" comes back here.
 
     Args:
@@ -102,7 +105,7 @@ def face_front(server: viser.ViserServer, low: np.ndarray, high: np.ndarray, asp
     fit = max(half[1], half[0] / aspect) / math.tan(FIELD_OF_VIEW / 2)
     camera = server.initial_camera
     # From the front of the box, with a little air around it.
-    camera.position = tuple(center + np.array([0.0, 0.0, half[2] + 1.12 * fit]))
+    camera.position = tuple(center + np.array([0.0, 0.0, half[2] + 1.2 * fit]))
     camera.look_at = tuple(center)
     camera.up = (0.0, 1.0, 0.0)
     camera.fov = FIELD_OF_VIEW
