@@ -345,8 +345,9 @@ class DecoderConfig:
         no AR features, so `inputs` must be "position_only" or "none".
       cross_attention: to the AR model's image and point context.
       context_colors: the context's image tokens carry the colours of their patches (2 × 2 means) beside the AR model's
-        features, which were trained on shapes alone; and all of these colours together, the portrait at two pixels a
-        patch, are part of every point's input (ours).
+        features, which were trained on shapes alone. Every point's input has all of these colours, and its own colour
+        is a mean of them, which it chooses by attention, plus a correction (ours): copying is learned from a few
+        hundred people, painting is not.
       feature_width: of the AR model's hidden states, context_width: of its context; `for_features` sets them.
       context_tokens: of the context, with `context_colors`; set beside them.
       lower, upper: corners of the box whose points are encoded, metres; of the tokenizer, `for_features` sets them.
