@@ -2,8 +2,8 @@
 
     python -m experiments.view --avatar=outputs/avatars/me[,outputs/avatars/other] [--motion=talk] [--port=8080]
 
-Several avatars stand side by side and move alike. `--motion` (turn, talk, expressions, turn_and_talk, or a
-flame_param.npz) plays at once; all of them can be chosen in the browser, and sliders add to what plays. Besides colours
+Several avatars stand side by side and move alike. `--motion` (turn, talk, expressions, turn_and_talk, or what a
+tracker left) plays at once; all of them can be chosen in the browser, and sliders add to what plays. Besides colours
 the splats show the regions and faces they are bound to, and how densely the points lie. The server listens to this
 machine alone unless --host says otherwise; from another, `ssh -L 8080:localhost:8080 <this machine>` reaches it.
 Ctrl-C ends it. One HTML file that needs no server: `experiments.export --format=html`.
@@ -17,8 +17,8 @@ from pathlib import Path
 from absl import flags
 
 from experiments.common import refuse_flags, run
-from experiments.heads import head_of_avatar
-from experiments.motions import MOTIONS, check_motion, load_motion
+from experiments.heads import avatar_head
+from experiments.motions import MOTIONS, TRACKED, check_motion, load_motion
 from experiments.viewer import STILL, Viewer
 from experiments.web_scene import open_server, quiet
 from pointillist_jax.files import UserError
@@ -26,7 +26,7 @@ from pointillist_jax.flame import FlameModel, FlameParams, load_flame
 from pointillist_jax.gaussians import Avatar, load_avatar
 
 AVATAR = flags.DEFINE_list("avatar", None, "Avatar bundles (experiments.reconstruct, experiments.quickstart).")
-MOTION = flags.DEFINE_string("motion", None, f"Plays at first: {', '.join(MOTIONS)}, or a flame_param.npz.")
+MOTION = flags.DEFINE_string("motion", None, f"Plays at first: {', '.join(MOTIONS)}, or {TRACKED}.")
 FRAMES = flags.DEFINE_integer("frames", 96, "Length of the built-in motions.", lower_bound=2, upper_bound=100_000)
 FPS = flags.DEFINE_integer("fps", 24, "Frames a second of motions.", lower_bound=1, upper_bound=240)
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 lets everyone in who reaches it.")
@@ -69,7 +69,7 @@ def load_avatars(paths: list[str]) -> dict[str, tuple[Avatar, FlameModel]]:
         stem = name = Path(path).resolve().name
         while name in avatars:
             name = f"{stem} {len(avatars) + 1}"
-        avatars[name] = load_avatar(path), own or head_of_avatar(path, None)
+        avatars[name] = load_avatar(path), own or avatar_head(path, None)
     return avatars
 
 
@@ -77,7 +77,7 @@ def load_motions(head: FlameModel) -> dict[str, FlameParams]:
     """The built-in motions and the one of --motion, if that is a file."""
     motions = {name: make(head, FRAMES.value, FPS.value) for name, make in MOTIONS.items()}
     if MOTION.value is not None and MOTION.value not in MOTIONS:
-        refuse_flags(("frames",), "with a flame_param.npz, which has its own length")
+        refuse_flags(("frames",), "with a flame_param.npz or another tracked motion, which has its own length")
         moving = load_motion(MOTION.value, head, FRAMES.value, FPS.value)
         # Trackers place heads in their own rooms: here it stays in its place.
         moving = moving.replace(translation=moving.translation - moving.translation.mean(axis=0), static_offset=None)

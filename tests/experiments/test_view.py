@@ -12,6 +12,7 @@ import numpy as np
 from experiments.motions import MOTIONS, named_expressions
 from experiments.viewer import Slider, add_sliders, expression_sliders, pose_sliders
 from pointillist_jax.flame import open_head
+from pointillist_jax.flame.param_files import save_flame_params
 from pointillist_jax.gaussians import save_avatar
 from tests.experiments.plain_avatars import red_faced_avatar
 from tests.experiments.script_program import refusals
@@ -50,6 +51,7 @@ def test_refusals_are_sentences(tmp_path):
     card = json.loads((tmp_path / "foreign/avatar.json").read_text())
     card["flame"]["sha256"] = "0" * 64
     (tmp_path / "foreign/avatar.json").write_text(json.dumps(card))
+    save_flame_params(tmp_path / "m.npz", MOTIONS["turn"](HEAD, 2), HEAD)
     avatar = f"--avatar={tmp_path}/someone"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -63,7 +65,11 @@ def test_refusals_are_sentences(tmp_path):
                 "avatar.json does not exist": (f"--avatar={tmp_path}",),
                 "name its file with --flame": (f"--avatar={tmp_path}/foreign",),
                 "must be one of turn, talk": (avatar, "--motion=dance"),
-                "nowhere.npz does not exist": (avatar, "--motion=nowhere.npz"),
+                "flame_param.npz or another tracker's output (.frame or folder) that exists": (
+                    avatar,
+                    "--motion=nowhere.npz",
+                ),
+                "--frames does nothing with a flame_param.npz": (avatar, f"--motion={tmp_path}/m.npz", "--frames=9"),
                 "nowhere.pkl does not exist": (avatar, "--flame=nowhere.pkl"),
                 f"port {port} of 127.0.0.1 is in use": (avatar, f"--port={port}"),
                 "is no address of this machine": (avatar, "--host=203.0.113.7"),
