@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ def expressions(model: FlameModel, num_frames: int, fps: int = 24, most: int = 1
     which = np.floor(phase).astype(int)
     expr = np.zeros((num_frames, model.expr_dirs.shape[-1]))
     # FLAME's directions are standard deviations of a population, the open head's whole movements.
-    size = 1.0 if model.expr_names else 2.0
+    size = 1.0 if named_expressions(model) else 2.0
     shown = which < num
     expr[np.flatnonzero(shown), which[shown]] = size * amount[shown]
     jaw = np.zeros((num_frames, 3))
@@ -124,3 +125,8 @@ def load_motion(text: str, head: FlameModel, frames: int, fps: int) -> FlamePara
       UserError: as `convert.flame_params_from_tracker`.
     """
     return MOTIONS[text](head, frames, fps) if text in MOTIONS else flame_params_from_tracker(text, head)
+
+
+def named_expressions(model: FlameModel) -> bool:
+    """Whether directions are movements with names; FLAME's are principal components, and their names only numbers."""
+    return any(not re.fullmatch(r"expr_\d+", name) for name in model.expr_names)

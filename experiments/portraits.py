@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,16 +73,60 @@ class PortraitFlags:
         Raises:
           UserError: an image or a tracker's file that is damaged; a timestep that it does not have.
         """
-        image = square_portrait(load_rgba(self.path), spec.portrait_size)
-        if self._tracker.value is None:
-            print(
-                "warning: no --tracker: the model is told a neutral head of mean shape, so only the photograph says "
-                "who this is; give a FLAME tracker's output for a likeness of shape."
-            )
-            return Portrait(self.path, image, head.neutral_params())
-        ran_with = load_flame(self._tracker_flame.value) if self._tracker_flame.value else None
-        params = flame_params_from_tracker(self._tracker.value, head, tracker_head=ran_with)
-        t = self._timestep.value
-        if t >= len(params.expr):
-            raise UserError(f"{self._tracker.value} holds {len(params.expr)} timesteps; --timestep={t} is none.")
-        return Portrait(self.path, image, params.timestep(t))
+        return read_portrait(
+            self.path, spec, head, self._tracker.value, timestep=self._timestep.value,
+            tracker_flame=self._tracker_flame.value,
+        )  # fmt: skip
+
+
+def read_portrait(
+    path: Path,
+    spec: StoreSpec,
+    head: FlameModel,
+    tracker: str | Path | None = None,
+    *,
+    timestep: int = 0,
+    tracker_flame: str | None = None,
+    crop: Sequence[str] | None = None,
+) -> Portrait:
+    """A photograph at the size that models of this store see, and its head.
+
+    Args:
+      path: any picture that `load_rgba` reads.
+      spec: of the models' token store.
+      head: of that store.
+      tracker: as `convert.flame_params_from_tracker` reads; None for a neutral head, with a warning.
+      timestep: which of the tracker's.
+      tracker_flame: the FLAME file that Pixel3DMM ran with, where its meshes are not there.
+      crop: left, top and side in pixels of the square to use; None takes the largest square.
+
+    Raises:
+      UserError: an image or a tracker's file that is damaged; a timestep that it does not have; a square beyond the
+        picture.
+    """
+    image = square_portrait(_cropped(load_rgba(path), crop, path), spec.portrait_size)
+    if tracker is None:
+        print(
+            "warning: no FLAME parameters: the model is told a neutral head of mean shape, so only the photograph says "
+            "who this is; give a FLAME tracker's output for a likeness of shape."
+        )
+        return Portrait(path, image, head.neutral_params())
+    ran_with = load_flame(tracker_flame) if tracker_flame else None
+    params = flame_params_from_tracker(tracker, head, tracker_head=ran_with)
+    if timestep >= len(params.expr):
+        raise UserError(f"{tracker} holds {len(params.expr)} timesteps; --timestep={timestep} is none.")
+    return Portrait(path, image, params.timestep(timestep))
+
+
+def _cropped(image: np.ndarray, crop: Sequence[str] | None, path: Path) -> np.ndarray:
+    if crop is None:
+        return image
+    height, width = image.shape[:2]
+    numbers = [int(text) if text.isdecimal() and len(text) < 7 else -1 for text in crop]
+    if len(numbers) != 3 or min(numbers) < 0 or not 0 < numbers[2] <= min(width - numbers[0], height - numbers[1]):
+        raise UserError(
+            f"--crop={','.join(crop)} must be left,top,side of a square inside {path}, which has {width} × {height} "
+            "pixels."
+        )
+    left, top, side = numbers
+    return image[top : top + side, left : left + side]

@@ -1,203 +1,252 @@
-"""The main job, end to end, with everything that exists so far. It grows with the project.
+"""The main job, end to end: one portrait → a head of Gaussians that turns and talks.
 
-    python -m experiments.quickstart [--workdir=outputs/quickstart] [--flame=flame2023.pkl] [--smoke]
+    python -m experiments.quickstart [--workdir=outputs/quickstart]
+    python -m experiments.quickstart --portrait=photo.jpg [--flame=flame_param.npz] [--crop=300,60,520]
+    python -m experiments.quickstart --train [--flame=flame2023.pkl] [--smoke]
 
-Synthetic people photographed from sixteen sides → one of them fitted with Gaussians bound to a head's faces → everyone
-as a token sequence → minutes of training of the transformer that writes such sequences → from a portrait the cloud of
-somebody it never saw → minutes of training of the decoder that paints clouds → the portrait as an avatar that turns and
-talks, and the fitted person too, who shows what the rig can do. Each step is a script of its own: the command is
-printed, and can be run by itself on your own captures. Needs no GPU, no torch and no files of the user's.
+With the weights that the package ships: the portrait of a synthetic person whom they never saw, or a photograph of
+yours, becomes points with the faces they are bound to, then Gaussians, then an avatar, a video, a sheet, a splat file,
+an avatar bundle and report.html, which shows it all with timings and scores. `--flame` is what a FLAME tracker found in
+the photograph.
+
+`--train` trains everything from nothing instead, at the smallest useful scale, each step by a script of its own whose
+command is printed: people → fit → tokens → transformer → features → decoder → avatar → evaluation. There `--flame` may
+be your FLAME .pkl. Needs no GPU, no torch and no files of yours.
 """
 
 from __future__ import annotations
 
+import json
 import math
-import shutil
-import subprocess
-import sys
+import os
+import platform
 import time
 from pathlib import Path
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from tqdm import tqdm
 
-from experiments.common import run
+from experiments.clouds import cloud_gaussians, render_views, shaded
+from experiments.common import refuse_flags, run
+from experiments.drawing import Drawing, Person, draw_clouds
+from experiments.from_scratch import OUTPUTS as TRAIN_OUTPUTS
+from experiments.from_scratch import STAGES as TRAIN_STAGES
+from experiments.from_scratch import Scale, train_from_scratch
 from experiments.heads import choose_head
-from experiments.media import write_image
-from experiments.pictures import BACKGROUND, contact_sheet, head_sheet
+from experiments.html_report import Section, Table, write_report
+from experiments.media import write_image, write_video
+from experiments.motions import turn_and_talk
+from experiments.pictures import BACKGROUND, contact_sheet
+from experiments.portraits import Portrait, read_portrait
+from experiments.stages import Stages
+from experiments.trained import PRETRAINED, Contexts, load_ar
+from experiments.trained_decoder import load_decoder
 from pointillist_jax.cameras import orbit
-from pointillist_jax.data.fits import load_fit
-from pointillist_jax.files import UserError, read_json
-from pointillist_jax.flame import FlameModel, bind_points, open_head
-from pointillist_jax.gaussians import Avatar, load_avatar, save_avatar, save_ply
+from pointillist_jax.data.captures import load_capture
+from pointillist_jax.files import UserError
+from pointillist_jax.flame import FlameModel
+from pointillist_jax.gaussians import Avatar, save_avatar, save_ply
+from pointillist_jax.losses import psnr, ssim
 from pointillist_jax.playback import AvatarRenderer
-from pointillist_jax.tokens import PointTokenizer
+from pointillist_jax.pretrained import EXAMPLE
 
 WORKDIR = flags.DEFINE_string("workdir", "outputs/quickstart", "Where to write; files of an earlier run are replaced.")
-FLAME = flags.DEFINE_string("flame", None, "Your FLAME .pkl; the embedded open head if not given.")
-PEOPLE = flags.DEFINE_integer("people", 8, "Synthetic people.", lower_bound=3, upper_bound=1000)
+PORTRAIT = flags.DEFINE_string("portrait", None, "A photograph of a head; a synthetic person if not given.")
+CROP = flags.DEFINE_list("crop", None, "Square of --portrait to use: left,top,side in pixels; head and shoulders.")
+FLAME = flags.DEFINE_string("flame", None, "What a FLAME tracker found in --portrait; with --train your FLAME .pkl.")
+TRAIN = flags.DEFINE_boolean("train", False, "Train everything from nothing, in a quarter of an hour.")
+PEOPLE = flags.DEFINE_integer("people", 8, "With --train: synthetic people.", lower_bound=3, upper_bound=1000)
 FRAMES = flags.DEFINE_integer("frames", 96, "Length of the video at 24 frames a second.", lower_bound=2)
 SIZE = flags.DEFINE_integer("size", 256, "Side of the video's pictures in pixels.", lower_bound=32, upper_bound=2048)
-SEED = flags.DEFINE_integer("seed", 0, "Which people.", lower_bound=0)
-SMOKE = flags.DEFINE_boolean("smoke", False, "The smallest setting: few small pictures, few steps, few frames.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the draws; with --train, which people.", lower_bound=0)
+SMOKE = flags.DEFINE_boolean("smoke", False, "The smallest setting: few frames, with --train few pictures and steps.")
 
 OUTPUTS = {
-    "head.png": "what the head can do: identities, expressions, jaw, eyes, neck",
-    "people/gallery.png": "the synthetic people; the folders beside it are capture folders with their truth",
-    "fits/": "one of them fitted from its pictures; report.png in it shows truth beside fit",
-    "tokens/": "everyone as a token sequence, with the portrait and head it is to be generated from",
-    "ar/": "the transformer after some minutes: curve.png, card.json, checkpoints",
-    "clouds/clouds.png": "the cloud it writes for somebody it never saw, beside the truth",
-    "decoder/": "the Gaussian decoder: curve.png, card.json, strips/ (renders above photographs), checkpoints",
-    "from_portrait.mp4": "portrait to avatar, turning and talking; avatars/portrait/ is the bundle",
-    "splats.png": "the fitted person as an avatar: views and expressions",
-    "talking.mp4": "the same, turning and talking",
-    "frame.ply": "it with its head turned as a standard splat file: open it in any 3DGS viewer",
-    "avatar/": "the fitted person's bundle: canonical splats, rig, card",
+    "report.html": "everything on one page: open it in a browser",
+    "talking.mp4": "the avatar, turning and talking",
+    "sheet.png": "frames of it",
+    "cloud.png": "the points that the transformer wrote, coloured by the part of the head they are bound to",
+    "avatar/": "the avatar bundle: canonical splats, rig, card; for experiments.animate, export and view",
+    "frame.ply": "a frame with the head turned, as a standard splat file: open it in any 3DGS viewer",
 }
-STEPS = 9
+SCORED = {"views.png": "the avatar beside photographs of the person that the models never saw"}
+PLAYER = {"player.html": "the avatar in 3D, in motion: open it in a browser and turn it"}
+# How clouds are drawn: unlikely tokens lead astray, and a cloud takes thousands of draws.
+_DRAWING = {"temperature": 0.8, "top_p": 0.9, "top_k": 0, "constrain": True, "max_points": 6000}
+_SHEET, _SHOWN = 12, 6
 
 
 def main() -> None:
     start = time.perf_counter()
-    workdir, smoke = Path(WORKDIR.value), SMOKE.value
+    workdir = Path(WORKDIR.value)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; name a folder.")
-    model = choose_head(FLAME.value, None if FLAME.value else "coarse")
-    print(f"[1/{STEPS}] head: {model.source}, {model.num_vertices} vertices, {model.num_faces} faces", flush=True)
-    full = model if FLAME.value or smoke else open_head("full")
-    write_image(workdir / "head.png", head_sheet(full, None if full is model else model, size=96 if smoke else 192))
-
-    people, subject = 3 if smoke else PEOPLE.value, "person_0001"
-    make_people(workdir, people, smoke)
-    fit_one(workdir, subject, smoke)
-    begin(4, "everyone as tokens")
-    script("tokenize", f"--fits={workdir}/people", f"--workdir={workdir}/tokens", "--overwrite")
-    train_transformer(workdir, smoke)
-    unseen = read_json(workdir / "ar" / "card.json", "the card of a training")["held_out"][0]
-    # Unlikely tokens are cut off: after minutes of training they lead astray, and a cloud takes thousands of draws.
-    drawing = ("--top_p=0.9", "--temperature=0.7", f"--max_points={32 if smoke else 8000}")
-    begin(6, f"the cloud of {unseen}, whom it never saw, from the portrait")
-    script("generate", f"--ar={workdir}/ar", f"--store={workdir}/tokens", f"--subjects={unseen}",
-           f"--workdir={workdir}/clouds", *drawing, "--overwrite")  # fmt: skip
-    train_painter(workdir, smoke)
-
-    frames, size = (8, 96) if smoke else (FRAMES.value, SIZE.value)
-    begin(8, f"the portrait of {unseen} as an avatar")
-    person = workdir / "people" / unseen
-    script("reconstruct", f"--ar={workdir}/ar", f"--decoder={workdir}/decoder", f"--portrait={person}/portrait.png",
-           f"--tracker={person}/portrait_flame_param.npz", f"--workdir={workdir}/avatars", *drawing,
-           "--overwrite")  # fmt: skip
-    moving = (f"--frames={frames}", f"--size={size}", "--overwrite")
-    script("animate", f"--avatar={workdir}/avatars/portrait", f"--output={workdir}/from_portrait.mp4", *moving)
-
-    begin(9, "the fitted person as an avatar")
-    show(workdir, model, make_avatar(workdir, subject, model), size)
-    script("animate", f"--avatar={workdir}/avatar", f"--output={workdir}/talking.mp4", *moving)
-    print(f"\ndone in {time.perf_counter() - start:.0f} s; everything lies in {workdir}/:")
-    for name, what in OUTPUTS.items():
+    if TRAIN.value:
+        refuse_flags(("portrait", "crop"), "with --train, which photographs people of its own")
+        model = choose_head(FLAME.value, None if FLAME.value else "coarse")
+        stages, outputs = Stages(TRAIN_STAGES), {"report.html": OUTPUTS["report.html"], **TRAIN_OUTPUTS}
+        scale = Scale(PEOPLE.value, *video_size(), SEED.value, SMOKE.value, FLAME.value)
+        sections = train_from_scratch(workdir, model, scale, stages)
+        lead = "From nothing to a talking avatar, at the smallest useful scale."
+    else:
+        refuse_flags(("people",), "without --train")
+        stages, outputs = Stages(6), dict(OUTPUTS)
+        sections = show_pretrained(workdir, stages, outputs)
+        lead = "One portrait → points with their faces → Gaussians → an avatar in motion."
+    seconds = time.perf_counter() - start
+    sections.append(timings(stages, seconds))
+    write_report(workdir / "report.html", "Pointillist-JAX quickstart", lead, sections)
+    print(f"\ndone in {seconds:.0f} s; everything lies in {workdir}/:")
+    for name, what in outputs.items():
         print(f"  {name:<22} {what}")
 
 
-def begin(number: int, title: str) -> None:
-    print(f"\n[{number}/{STEPS}] {title}", flush=True)
+def video_size() -> tuple[int, int]:
+    """(frames, side)."""
+    return (8, 96) if SMOKE.value else (FRAMES.value, SIZE.value)
 
 
-def script(name: str, *arguments: str) -> None:
-    """Runs one of the project's scripts, as anyone would; ends with its exit code if it fails."""
-    if FLAME.value:
-        arguments = (*arguments, f"--flame={FLAME.value}")
-    print("  " + " ".join(["python -m", f"experiments.{name}", *arguments]), flush=True)
-    done = subprocess.run([sys.executable, "-m", f"experiments.{name}", *arguments], stdout=subprocess.PIPE, text=True)
-    # Every script ends by listing its files; here the list at the end says it once.
-    print(done.stdout.split("\ndone in")[0].rstrip("\n"), flush=True)
-    if done.returncode:
-        sys.exit(done.returncode)
+def show_pretrained(workdir: Path, stages: Stages, outputs: dict[str, str]) -> list[Section]:
+    """Portrait to avatar with the shipped weights. Adds to `outputs` what it wrote beyond them."""
+    example = PORTRAIT.value is None
+    with stages.stage("the pretrained models and the portrait"):
+        if example:
+            refuse_flags(("flame", "crop"), "without --portrait, which it belongs to")
+        trained, decoder = load_ar(PRETRAINED), load_decoder(PRETRAINED)
+        decoder.check_ar(trained)
+        portrait = choose_portrait(trained.spec, trained.head)
+        write_image(workdir / "portrait.png", np.asarray(portrait.image, np.float32) / 255)
+        print(f"  {portrait.path.name}, {len(portrait.image)}² pixels; a head of {trained.head.num_faces} faces")
+    with stages.stage("the points, and the face each is bound to"):
+        drawing = Drawing(seed=SEED.value, **_DRAWING | ({"max_points": 256} if SMOKE.value else {}))
+        contexts = Contexts(trained)
+        people = [Person(portrait.path.stem, portrait.condition, 0)]
+        ((_, cloud, _),) = draw_clouds(trained, people, contexts, drawing, 1, return_hidden=True)
+        num = int(cloud.num_points[0])
+        if not num:
+            raise UserError("the model wrote no points for this portrait; try another --seed.")
+        points, binding = np.asarray(cloud.points[0][:num]), np.asarray(cloud.binding[0][:num])
+        canonical = portrait.tracked.canonical(trained.spec.canonical_jaw)
+        splats = cloud_gaussians(points, binding, trained.head)
+        splats = shaded(splats, binding, trained.head, np.asarray(canonical.shape), trained.spec.canonical_jaw)
+        write_image(workdir / "cloud.png", np.concatenate(render_views(splats), axis=1))
+    with stages.stage("colours, opacities, scales, rotations, offsets; the rig"):
+        context = contexts.for_decoder(decoder.config, portrait.condition)
+        avatar = decoder.avatar(canonical, points, binding, cloud.hidden[0][:num], context)
+        provenance = {"made_by": "experiments.quickstart", "portrait": portrait.path.name, "ar": trained.checkpoint}
+        save_avatar(workdir / "avatar", avatar, provenance=provenance)
+        print(f"  {num} Gaussians on {len(np.unique(binding))} faces")
+    with stages.stage("the avatar in motion"):
+        sheet_and_video(workdir, avatar, trained.head)
+    sections = [
+        Section("The portrait", figures=[(workdir / "portrait.png", portrait.path.name)], note=likeness(example)),
+        Section("Points", [f"{num} points, one after another from the shoulders up, each with the face of the head it "
+                           "is bound to."], figures=[(workdir / "cloud.png", "Coloured by the part of the head")]),
+        Section("The avatar", figures=[(workdir / "talking.mp4", "Turning and talking"),
+                                       (workdir / "sheet.png", "Frames of it")]),
+    ]  # fmt: skip
+    with stages.stage("scores against photographs"):
+        if example:
+            sections.append(scores(workdir, avatar, trained.head))
+            outputs |= SCORED
+        else:
+            print("  nothing to compare with: a photograph shows one view (experiments.evaluate scores captures)")
+    with stages.stage("the player for browsers"):
+        if write_player(workdir / "player.html", avatar, trained.head):
+            outputs |= PLAYER
+            sections.append(Section("In 3D", links=PLAYER))
+    return sections
 
 
-def make_people(workdir: Path, people: int, smoke: bool) -> None:
-    begin(2, f"{people} synthetic people, and captures of them")
-    size, timesteps = (48, 4) if smoke else (128, 12)
-    pictures = [f"--timesteps={timesteps}", f"--size={size}", f"--portrait_size={112 if smoke else 512}"]
-    script("make_identities", f"--workdir={workdir}/people", f"--num_identities={people}", *pictures,
-           f"--seed={SEED.value}", "--overwrite")  # fmt: skip
+def choose_portrait(spec, head: FlameModel) -> Portrait:
+    """Of --portrait with --flame and --crop, or the example's."""
+    if PORTRAIT.value is None:
+        return read_portrait(EXAMPLE / "portrait.png", spec, head, EXAMPLE / "portrait_flame_param.npz")
+    if FLAME.value and FLAME.value.endswith(".pkl"):
+        raise UserError(f"--flame={FLAME.value}: the pretrained weights have a head of their own; give what a tracker "
+                        "found in --portrait (a flame_param.npz), or train with your FLAME (--train).")  # fmt: skip
+    return read_portrait(Path(PORTRAIT.value), spec, head, FLAME.value, crop=CROP.value)
 
 
-def fit_one(workdir: Path, subject: str, smoke: bool) -> None:
-    begin(3, f"Gaussians fitted to the pictures of {subject}")
-    fewer = ["--config.fit.iterations=20", "--config.fit.densify_from=5", "--config.fit.densify_interval=5"]
-    script("fit", f"--capture={workdir}/people/{subject}", f"--workdir={workdir}/fits", "--overwrite",
-           *(fewer if smoke else []))  # fmt: skip
+def likeness(example: bool) -> str:
+    """What may be expected, said before it is seen."""
+    if example:
+        return ("A synthetic person whom the models never saw. They were trained on a laptop, on a few hundred "
+                "synthetic people and few points each: see pointillist_jax/pretrained/README.md.")  # fmt: skip
+    return ("These weights have only ever seen synthetic people, so a photograph gets a synthetic likeness: rough "
+            "shape and colours at best. For real likenesses train on captures (docs/bring_your_own.md).")  # fmt: skip
 
 
-def train_transformer(workdir: Path, smoke: bool) -> None:
-    """Stage one."""
-    begin(5, "the autoregressive transformer, for some minutes")
-    settings = {"data.held_out": 2, "train.steps": 300, "train.eval_every": 100}
-    if smoke:
-        settings = {"data.held_out": 1, "data.stride": 64, "model.window": 64, "model.layers": 1, "train.steps": 4}
-    script("train_ar", f"--store={workdir}/tokens", f"--workdir={workdir}/ar", "--overwrite", *config_flags(settings))
+def sheet_and_video(workdir: Path, avatar: Avatar, head: FlameModel) -> None:
+    """talking.mp4, sheet.png and frame.ply."""
+    frames, size = video_size()
+    motion = turn_and_talk(head, frames)
+    camera = orbit(1, width=size, height=size, distance=1.2, target=(0.0, -0.03, -0.04), azimuth=(0.0, 0.0))
+    renderer = AvatarRenderer(avatar, head, size, size, background=BACKGROUND)
+    film = list(tqdm(renderer.play(motion, camera), total=frames, desc="frames", unit="frame"))
+    write_video(workdir / "talking.mp4", film)
+    chosen = np.unique(np.linspace(0, frames - 1, min(_SHEET, frames)).astype(int))
+    write_image(workdir / "sheet.png", contact_sheet([film[i] for i in chosen], [f"{i / 24:.1f} s" for i in chosen],
+                                                     min(6, len(chosen))))  # fmt: skip
+    turned = int(np.argmax(np.abs(np.asarray(motion.neck_pose)[:, 1])))
+    save_ply(workdir / "frame.ply", renderer.pose(motion.timestep(turned)))
 
 
-def train_painter(workdir: Path, smoke: bool) -> None:
-    """Stage two."""
-    begin(7, "the Gaussian decoder, for some minutes")
-    script("extract_features", f"--ar={workdir}/ar", f"--store={workdir}/tokens", f"--workdir={workdir}/features",
-           "--overwrite")  # fmt: skip
-    settings = {"decoder.layers": 1, "decoder.train.steps": 2} if smoke else {"decoder.train.steps": 200}
-    script("train_decoder", f"--features={workdir}/features", f"--captures={workdir}/people",
-           f"--workdir={workdir}/decoder", f"--downscale={1 if smoke else 2}", "--overwrite",
-           *config_flags(settings))  # fmt: skip
-
-
-def config_flags(settings: dict[str, Any]) -> list[str]:
-    return [f"--config.{name}={value}" for name, value in settings.items()]
-
-
-def make_avatar(workdir: Path, subject: str, model: FlameModel) -> Avatar:
-    """The fit, through tokens and back, rigged and written as a bundle."""
-    fit = load_fit(workdir / "fits" / subject, model)
-    canonical, world = fit.canonical(model, jaw=0.3)
-    tokenizer, binding = PointTokenizer(num_faces=model.num_faces), np.asarray(fit.gaussians.binding)
-    tokens = tokenizer.encode(world.means, binding)
-    error = round_trip_error(tokenizer, np.asarray(world.means), binding, *tokenizer.decode(tokens))
-    print(
-        f"  {len(tokens)} tokens of a vocabulary of {tokenizer.vocab_size}; read back within {1e3 * error:.3f} mm "
-        f"(half a cell is {1e3 * tokenizer.cell.max() / 2:.3f} mm)"
+def scores(workdir: Path, avatar: Avatar, head: FlameModel) -> Section:
+    """The avatar against all photographs of the example but the portrait: self-reenactment."""
+    capture = load_capture(EXAMPLE, head)
+    found, pairs = [], []
+    for split in ("train", "val", "test"):
+        views = capture.split(split)
+        if not len(views):
+            continue
+        width, height = (int(x) for x in views.sizes[0])
+        renderer = AvatarRenderer(avatar, head, width, height)
+        for n in tqdm(range(len(views)), desc=f"{split} views", unit="view", leave=False):
+            photograph = views.image(n)
+            rendered = renderer(capture.params.timestep(int(views.timesteps[n])), views.viewmats[n], views.Ks[n])
+            found.append((float(psnr(rendered, photograph)), float(ssim(rendered, photograph))))
+            pairs.append((photograph, rendered))
+    decibels, similarity = np.mean(found, axis=0)
+    print(f"  {len(found)} photographs: PSNR {decibels:.2f} dB, SSIM {similarity:.4f}")
+    chosen = np.linspace(0, len(pairs) - 1, min(_SHOWN, len(pairs))).astype(int)
+    shown = [_twice(pairs[i][row]) for row in (0, 1) for i in chosen]
+    labels = ["photograph"] * len(chosen) + ["avatar"] * len(chosen)
+    write_image(workdir / "views.png", contact_sheet(shown, labels, len(chosen)))
+    (workdir / "scores.json").write_text(
+        json.dumps({"views": len(found), "psnr": round(decibels, 3), "ssim": round(similarity, 4)}) + "\n"
     )
-    avatar = Avatar(world, bind_points(model, canonical, world.means, binding))
-    shutil.rmtree(workdir / "avatar", ignore_errors=True)
-    save_avatar(workdir / "avatar", avatar, provenance={"made_by": "experiments.quickstart", "subject": subject})
-    return load_avatar(workdir / "avatar")
+    table = Table(["photographs", "PSNR, dB", "SSIM"], [[str(len(found)), f"{decibels:.2f}", f"{similarity:.4f}"]])
+    text = "The avatar made from the portrait alone, driven by the person's own motion, against photographs."
+    return Section("Scores", [text], figures=[(workdir / "views.png", "Photographs above, the avatar below")],
+                   tables=[table])  # fmt: skip
 
 
-def round_trip_error(tokenizer: PointTokenizer, points, binding, decoded, decoded_binding) -> float:
-    """Largest distance along an axis, in metres, between points and what their tokens say; checks the bindings."""
-    x, y, z = tokenizer.quantize(points).T
-    order = np.lexsort((binding, x, z, y))
-    if not np.array_equal(binding[order], decoded_binding):
-        raise UserError("the tokens changed a binding: this is a defect, please report it.")
-    return float(np.abs(points[order] - decoded).max())
+def _twice(image: np.ndarray) -> np.ndarray:
+    factor = math.ceil(128 / image.shape[1])
+    return image.repeat(factor, 0).repeat(factor, 1)
 
 
-def show(workdir: Path, model: FlameModel, avatar: Avatar, size: int) -> None:
-    """A sheet of views and expressions of the avatar; bakes one frame."""
-    neutral = model.neutral_params()
-    poses = {f"{angle}°": (neutral, math.radians(angle)) for angle in (0, 45, 90, 180)}
-    poses["jaw"] = (neutral.replace(jaw_pose=jnp.array([0.3, 0.0, 0.0])), 0.3)
-    poses["neck"] = (neutral.replace(neck_pose=jnp.array([0.0, 0.6, 0.0])), 0.0)
-    for name in ("eye-left-closure", "mouth-corner-puller"):
-        if name in model.expr_names:
-            poses[name] = (neutral.replace(expr=neutral.expr.at[model.expr_names.index(name)].set(1.0)), 0.3)
-    renderer = AvatarRenderer(avatar, model, size, size, background=BACKGROUND)
-    sheet = []
-    for params, azimuth in poses.values():
-        camera = orbit(1, width=size, height=size, distance=1.2, target=(0.0, -0.03, -0.04), azimuth=(azimuth, azimuth))
-        sheet.append(renderer(params, camera.viewmats[0], camera.Ks[0]))
-    write_image(workdir / "splats.png", contact_sheet(sheet, list(poses), 4))
-    save_ply(workdir / "frame.ply", renderer.pose(poses["neck"][0]))
+def write_player(path: Path, avatar: Avatar, head: FlameModel) -> bool:
+    """Whether it was written: viser is optional."""
+    from experiments.player import describe
+    from experiments.player import write_player as write
+
+    try:
+        chosen = write(path, avatar, head, turn_and_talk(head, video_size()[0]))
+    except UserError as error:
+        print(f"  left out: {error}")
+        return False
+    print(f"  {describe(chosen)}")
+    return True
+
+
+def timings(stages: Stages, seconds: float) -> Section:
+    """What took how long, and where."""
+    rows = [[title, f"{spent:.1f}"] for title, spent in stages.seconds.items()] + [["in all", f"{seconds:.1f}"]]
+    where = f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}."
+    return Section("Timings", [where], tables=[Table(["stage", "seconds"], rows)])
 
 
 if __name__ == "__main__":

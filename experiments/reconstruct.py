@@ -20,27 +20,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 from experiments.common import refuse_flags, run
 from experiments.drawing import Drawing, Person, define_drawing, draw_clouds
-from experiments.heads import named_head
 from experiments.media import write_image
 from experiments.portraits import PortraitFlags
 from experiments.trained import Contexts, TrainedAR, load_ar
+from experiments.trained_decoder import TrainedDecoder, load_decoder
 from pointillist_jax.cameras import orbit
-from pointillist_jax.configs import DecoderConfig, config_from_json
 from pointillist_jax.data.point_features import FeatureSet
-from pointillist_jax.data.token_store import StoreSpec, open_store, read_spec, spec_difference
+from pointillist_jax.data.token_store import open_store, spec_difference
 from pointillist_jax.files import UserError
 from pointillist_jax.flame import FlameModel, FlameParams
 from pointillist_jax.gaussians import Avatar, save_avatar
 from pointillist_jax.playback import AvatarRenderer
-from pointillist_jax.reconstruct import decode_avatar
-from pointillist_jax.training.checkpoints import load_params
 
 DECODER = flags.DEFINE_string("decoder", None, "Workdir of experiments.train_decoder.")
 AR = flags.DEFINE_string("ar", None, "Workdir of experiments.train_ar, whose features the decoder was trained on.")
@@ -65,7 +61,7 @@ def main() -> None:
     if (portrait is None) == (FEATURES.value is None):
         raise UserError("give either --portrait=<a photograph> or --features=<a folder of point features>.")
     portrait_flags.check()
-    trained_decoder = load_decoder(DECODER.value)
+    trained_decoder = load_decoder(DECODER.value, FLAME.value)
     if portrait is not None:
         refuse_flags(("store", "subjects"), "with --portrait, which shows one person")
         names: Sequence[str] = (portrait.stem,)
@@ -107,58 +103,11 @@ def check_outputs(workdir: Path, names: Sequence[str]) -> None:
             raise UserError(f"{found} exists; give --overwrite to replace it, or another --workdir.")
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainedDecoder:
-    """What `experiments.train_decoder` left.
-
-    Attributes:
-      workdir: of the training.
-      params, config: of the decoder.
-      spec: of the token store of its features.
-      checkpoint: identifies the AR model of its features.
-      head: of the store.
-    """
-
-    workdir: str
-    params: Any
-    config: DecoderConfig
-    spec: StoreSpec
-    checkpoint: dict[str, Any]
-    head: FlameModel
-
-    def load_ar(self) -> TrainedAR:
-        """The AR model of --ar. Raises UserError unless it is the one whose features the decoder was trained on."""
-        trained = load_ar(AR.value, STEP.value, FLAME.value)
-        trained.check_checkpoint(self.checkpoint, "the features the decoder was trained on")
-        if difference := spec_difference(trained.spec, self.spec):
-            raise UserError(
-                f"{AR.value} was trained with {difference}, as the decoder: name the AR model it belongs to."
-            )
-        return trained
-
-
-def load_decoder(workdir: str | None) -> TrainedDecoder:
-    """The newest checkpoint of a run of experiments.train_decoder.
-
-    Raises:
-      UserError: no workdir named, the run of another script, one without clouds, or of a head that --flame is not.
-      FileNotFoundError: no checkpoint there.
-    """
-    if workdir is None:
-        raise UserError("--decoder is missing: name the workdir of a training (python -m experiments.train_decoder).")
-    params, meta = load_params(workdir)
-    meta = meta if isinstance(meta, dict) else {}
-    if not isinstance(meta.get("features"), dict) or "tokenizer" not in meta["features"]:
-        raise UserError(f"{workdir} is no training of the decoder (no features in its meta): check --decoder.")
-    config = meta.get("config")
-    config = config_from_json(DecoderConfig, config.get("decoder") if isinstance(config, dict) else None, workdir)
-    if config.points == "flame_vertices":
-        raise UserError(f"{workdir} was trained on the head's vertices, an ablation without clouds; name another one.")
-    checkpoint = meta["features"].get("checkpoint")
-    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
-    spec = read_spec(Path(workdir), meta["features"])
-    head = named_head(spec.flame_source, spec.flame_sha256, workdir, FLAME.value)
-    return TrainedDecoder(workdir, jax.tree.map(jnp.asarray, params), config, spec, checkpoint, head)
+def load_ar_of(decoder: TrainedDecoder) -> TrainedAR:
+    """The AR model of --ar. Raises UserError unless it is the one whose features the decoder was trained on."""
+    trained = load_ar(AR.value, STEP.value, FLAME.value)
+    decoder.check_ar(trained)
+    return trained
 
 
 def from_features(
@@ -179,21 +128,19 @@ def from_features(
     if config.cross_attention:
         if AR.value is None:
             raise UserError("this decoder has cross-attention to the AR model's context: name that model with --ar.")
-        contexts = Contexts(decoder.load_ar(), store, IMAGE_WEIGHTS.value, POINT_WEIGHTS.value)
+        contexts = Contexts(load_ar_of(decoder), store, IMAGE_WEIGHTS.value, POINT_WEIGHTS.value)
     for name, identity in zip(names, identities, strict=True):
         cloud = features.load(name)
         canonical = head.neutral_params().replace(**{k: jnp.asarray(v) for k, v in identity.items()})
         canonical = canonical.canonical(spec.canonical_jaw)
-        context = None if contexts is None else contexts([contexts.condition(name)])[0]
-        avatar = decode_avatar(
-            decoder.params, config, head, canonical, cloud.points, cloud.binding, cloud.hidden, context
-        )
+        context = None if contexts is None else contexts.for_decoder(config, contexts.condition(name))
+        avatar = decoder.avatar(canonical, cloud.points, cloud.binding, cloud.hidden, context)
         yield name, avatar, {"features": dict(features.spec.checkpoint), "source": features.spec.source}
 
 
 def from_portrait(decoder: TrainedDecoder) -> Iterator[tuple[str, Avatar, dict[str, Any]]]:
     """Yields (name, avatar, provenance) of the person on --portrait."""
-    config, trained = decoder.config, decoder.load_ar()
+    config, trained = decoder.config, load_ar_of(decoder)
     portrait = portrait_flags.read(decoder.spec, decoder.head)
     contexts = Contexts(trained, None, IMAGE_WEIGHTS.value, POINT_WEIGHTS.value)
     person = Person(portrait.path.stem, portrait.condition, 0)
@@ -201,15 +148,12 @@ def from_portrait(decoder: TrainedDecoder) -> Iterator[tuple[str, Avatar, dict[s
         num = int(cloud.num_points[0])
         if num == 0:
             raise UserError("the model generated no points: train it longer, or try another --seed.")
-        avatar = decode_avatar(
-            decoder.params,
-            config,
-            decoder.head,
+        avatar = decoder.avatar(
             portrait.tracked.canonical(decoder.spec.canonical_jaw),
             np.asarray(cloud.points)[0][:num],
             np.asarray(cloud.binding)[0][:num],
-            np.asarray(cloud.hidden)[0][:num] if config.uses_features else None,
-            contexts([portrait.condition])[0] if config.cross_attention else None,
+            np.asarray(cloud.hidden)[0][:num],
+            contexts.for_decoder(config, portrait.condition),
         )
         made = {"portrait": portrait.path.name, "ar": trained.checkpoint, "seconds": round(seconds, 2)}
         yield person.name, avatar, made

@@ -64,7 +64,8 @@ def main() -> None:
     model = choose_head(FLAME.value, DETAIL.value, *cards(fits))
     prepare(Path(WORKDIR.value))
     tokenizer = PointTokenizer(num_faces=model.num_faces, bins=data.bins, lower=data.lower, upper=data.upper)
-    spec = StoreSpec(tokenizer, model.sha256, model.source, data.canonical_jaw, data.portrait_size, data.out_of_bounds)
+    kept = {name: getattr(data, name) for name in ("canonical_jaw", "portrait_size", "out_of_bounds", "keep", "space")}
+    spec = StoreSpec(tokenizer, model.sha256, model.source, **kept)
     store = build(Path(WORKDIR.value), fits, model, spec, data.subjects_per_shard)
     report(store, time.perf_counter() - start)
 

@@ -36,11 +36,13 @@ from experiments.job import MESH, SEED, open_job, start_job
 from experiments.media import write_image
 from experiments.pictures import contact_sheet
 from experiments.trained import Contexts, load_ar
-from pointillist_jax.configs import Config
+from experiments.trained_decoder import VARIANTS
+from pointillist_jax.configs import Config, DecoderConfig
 from pointillist_jax.convert import load_torch_file, lpips_from_torch
 from pointillist_jax.data.captures import Capture, find_captures, load_capture
 from pointillist_jax.data.point_features import FeatureSet
 from pointillist_jax.data.subject_views import FeatureClouds, SubjectViews, TemplateClouds, subject_batches
+from pointillist_jax.data.template_space import placement
 from pointillist_jax.data.token_store import open_store, spec_difference
 from pointillist_jax.files import UserError, atomic_path
 from pointillist_jax.flame import FlameModel
@@ -66,14 +68,6 @@ COMPARE = flags.DEFINE_list("compare", [], "Train these one after another and pr
                             "ar_only, position_only, flame_vertices, mean_colour.")  # fmt: skip
 CONFIG = define_config("decoder", "data")
 
-# What --compare trains: name → changes of the decoder's config.
-VARIANTS = {
-    "full": {"inputs": "both", "points": "ar"},
-    "ar_only": {"inputs": "ar_only", "points": "ar"},
-    "position_only": {"inputs": "position_only", "points": "ar"},
-    "flame_vertices": {"inputs": "position_only", "points": "flame_vertices"},
-    "mean_colour": {"inputs": "none", "points": "ar"},
-}
 OUTPUTS = ("checkpoints", "metrics.jsonl", "tensorboard", "strips", "card.json", "curve.png", "table.json", *VARIANTS)
 # Scores of the table: a stream's name and what it is.
 STREAMS = {
@@ -150,7 +144,9 @@ def main() -> None:
 def check_flags(config: Config) -> None:
     """Raises UserError for flags that would do nothing."""
     decoder_, data = "config.decoder.", (field.name for field in dataclasses.fields(config.data))
-    found = [decoder_ + name for name in ("feature_width", "context_width", "lower", "upper")]
+    found = [
+        decoder_ + name for name in ("feature_width", "context_width", "context_tokens", "lower", "upper", "space")
+    ]
     refuse_flags(found, "here: the features decide it")
     refuse_flags([f"config.data.{name}" for name in data if name not in _LOADING], "in stage two: the features have it")
     refuse_flags([f"{decoder_}train.z_loss"], "in stage two, which has no logits")
@@ -199,11 +195,11 @@ def load_data(config: Config) -> Data:
     weights = None if VGG.value is None else lpips_from_torch(load_torch_file(VGG.value))
     contexts = None
     if config.decoder.cross_attention:
-        contexts = make_contexts(names, features)
+        contexts = make_contexts(names, features, config.decoder)
     return Data(features, head, training, held_out, weights, contexts)
 
 
-def make_contexts(names: tuple[str, ...], features: FeatureSet) -> dict[str, np.ndarray]:
+def make_contexts(names: tuple[str, ...], features: FeatureSet, config: DecoderConfig) -> dict[str, np.ndarray]:
     """The AR model's context of each person's portrait, once for the whole training: it is frozen."""
     if AR.value is None or STORE.value is None:
         raise UserError("decoder.cross_attention needs --ar and --store: the model and the store of the features.")
@@ -213,7 +209,7 @@ def make_contexts(names: tuple[str, ...], features: FeatureSet) -> dict[str, np.
         raise UserError(f"{STORE.value} was made with {difference}, as the features: name the store they came from.")
     trained.check_store(store)
     contexts = Contexts(trained, store)
-    return {name: np.asarray(contexts([contexts.condition(name)])[0]) for name in names}
+    return {name: np.asarray(contexts.for_decoder(config, contexts.condition(name))) for name in names}
 
 
 def train_decoder(
@@ -221,15 +217,16 @@ def train_decoder(
 ) -> tuple[TrainState, str | None]:
     """Trains, or goes on with what lies in `workdir`. Returns the state and what stopped it early."""
     spec = data.features.spec
-    settings = config.decoder.for_features(spec.store.tokenizer, spec.width)
-    if settings.cross_attention:
-        settings = dataclasses.replace(settings, context_width=next(iter(data.contexts.values())).shape[-1])
+    context_tokens = len(next(iter(data.contexts.values()))) if data.contexts else 0
+    settings = config.decoder.for_features(spec.store.tokenizer, spec.width, spec.store.space, context_tokens)
     config = dataclasses.replace(config, decoder=settings)
     run_, devices = settings.train, make_mesh(mesh)
     if data.lpips is None and settings.lambda_lpips and not jax.process_index():
         print("LPIPS is off: no VGG16 weights (--vgg=vgg16-397923af.pth); the loss is L1, SSIM and the offsets'")
     everyone = (*data.training, *data.held_out)
-    clouds = FeatureClouds(data.features)
+    jaw, space = spec.store.canonical_jaw, spec.store.space
+    identities = {c.subject: c.params.timestep(0).canonical(jaw) for c in everyone}
+    clouds = FeatureClouds(data.features, {n: placement(data.head, p, space, jaw) for n, p in identities.items()})
     if settings.points == "flame_vertices":
         clouds = TemplateClouds(data.head, everyone, spec.store.canonical_jaw)
     shared = {

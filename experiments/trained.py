@@ -13,13 +13,18 @@ import jax
 import numpy as np
 
 from experiments.heads import named_head
-from pointillist_jax.configs import DataConfig, ModelConfig, config_from_json
+from pointillist_jax.configs import DataConfig, DecoderConfig, ModelConfig, config_from_json
 from pointillist_jax.data.token_store import StoreSpec, TokenStore, read_spec, spec_difference
 from pointillist_jax.data.windows import split_subjects
 from pointillist_jax.files import UserError
 from pointillist_jax.flame import FlameModel
+from pointillist_jax.models.condition import with_patch_colors
+from pointillist_jax.pretrained import weights_file
 from pointillist_jax.training.ar import encode
 from pointillist_jax.training.checkpoints import load_params, newest_step
+
+# What --ar and --decoder say for the weights that this package ships.
+PRETRAINED = "pretrained"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +69,20 @@ class TrainedAR:
         return split_subjects(store.subjects, min(self.data.held_out, len(store) - 1), self.data.split_seed)[1]
 
 
+def trained_path(text: str, kind: str) -> Path:
+    """Where a trained model lies: what a flag says, or for "pretrained" the weights that this package ships.
+
+    Args:
+      kind: "ar" or "decoder".
+    """
+    return weights_file(kind) if text == PRETRAINED else Path(text)
+
+
 def load_ar(workdir: str | None, step: int | None = None, flame: str | None = None) -> TrainedAR:
     """Loads what lies in a workdir of `experiments.train_ar`.
 
     Args:
-      workdir: of `--ar`.
+      workdir: of `--ar`; also a file of weights, or "pretrained".
       step: of the checkpoint; None is the newest.
       flame: the user's FLAME file, if the model was trained with it.
 
@@ -79,10 +93,11 @@ def load_ar(workdir: str | None, step: int | None = None, flame: str | None = No
     """
     if workdir is None:
         raise UserError("--ar is missing: name the workdir of a training (python -m experiments.train_ar).")
+    workdir = trained_path(workdir, "ar")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of metadata that its own writer left out.
     params, meta = load_params(workdir, step)
     step = newest_step(workdir) if step is None else step
-    where = str(Path(workdir) / "checkpoints" / str(step) / "meta")
+    where = str(workdir)
     meta = meta if isinstance(meta, dict) else {}
     # Only what is used is read: parts of a config that have changed since do not make a model useless.
     config = meta.get("config")
@@ -94,7 +109,7 @@ def load_ar(workdir: str | None, step: int | None = None, flame: str | None = No
     head = named_head(spec.flame_source, spec.flame_sha256, workdir, flame)
     features = meta.get("features")
     return TrainedAR(
-        workdir=Path(workdir),
+        workdir=workdir,
         params=jax.tree.map(jax.numpy.asarray, params),
         model=model,
         data=data,
@@ -150,12 +165,22 @@ class Contexts:
         i = self._store.index(name)
         if not self._store.has_portrait[i]:
             raise UserError(f"{name} of {self._store.path} has no portrait; choose others with --subjects.")
-        return self._store.condition(i) if self._features is None else {"features": self._features[i]}
+        condition = self._store.condition(i)
+        return condition if self._features is None else {**condition, "features": self._features[i]}
 
     def __call__(self, conditions: Sequence[dict[str, Any]]) -> jax.Array:
         """[B, S, D] of B conditions. B decides the program."""
         batch = jax.tree.map(lambda *x: np.stack(x), *conditions)
         return self._encode(self._trained.params, self._frozen or {}, batch)
+
+    def for_decoder(self, config: DecoderConfig, condition: dict[str, Any]) -> jax.Array | None:
+        """[S, C] that a decoder of this config reads beside one person's points; None if it reads none."""
+        if not config.cross_attention:
+            return None
+        context = self([condition])
+        if config.context_colors:
+            context = with_patch_colors(context, jax.numpy.asarray(condition["portrait"])[None], self._trained.model)
+        return context[0]
 
 
 def _sha256(params: Any) -> str:

@@ -14,6 +14,9 @@ from typing import Any
 from pointillist_jax.files import UserError
 from pointillist_jax.tokens import DEFAULT_LOWER, DEFAULT_UPPER, PointTokenizer
 
+# Numbers that `DecoderConfig.context_colors` adds to a token: RGB of 2 × 2 quarters of a patch.
+PATCH_COLORS = 12
+
 
 def _one_of(config: Any, path: str, choices: dict[str, tuple[str, ...]]) -> None:
     """Raises UserError for the first field of `config` that is none of its legal values."""
@@ -129,6 +132,10 @@ class DataConfig:
       bins: quantisation levels per axis (paper: 1024).
       lower, upper: corners of the quantised box, metres (ours).
       out_of_bounds: what happens to points outside the box: "error", or "clip" onto its border, counted.
+      keep: share of every fit's points that become tokens, drawn at random by the subject's name (ours, for laptops:
+        shorter sequences of the same shapes; the decoder makes up for the gaps with larger Gaussians). Paper: 1.
+      space: what points lie around: the person's own canonical mesh ("identity", paper), or for everybody the mesh of
+        mean shape ("template", ours: `data/template_space.py`): FLAME knows the shapes of heads already.
       canonical_jaw: radians by which the canonical mesh opens its mouth (ours: 0.3, the exporters'; 0 closes it).
       portrait_size: side of the stored portraits, pixels.
       subjects_per_shard: of a token store.
@@ -142,6 +149,8 @@ class DataConfig:
     lower: tuple[float, float, float] = DEFAULT_LOWER
     upper: tuple[float, float, float] = DEFAULT_UPPER
     out_of_bounds: str = "error"
+    keep: float = 1.0
+    space: str = "identity"
     canonical_jaw: float = 0.3
     portrait_size: int = 518
     subjects_per_shard: int = 16
@@ -249,6 +258,9 @@ class ModelConfig:
       scan_layers: one compiled layer, or all of them unrolled; the parameters are the same.
       remat: what the backward keeps: "none" (keep all), "dots", "attention" or "full" (keep only layer inputs).
       dtype: of the computation; parameters, norms, softmax and loss are float32.
+      condition_loss: weight of a second loss: from the mean of the context alone, which coordinates and faces the
+        person's tokens have (ours). Encoders that are trained along learn from it what tells people apart; without it
+        a small model finds its own tokens so telling that it never looks at the portrait (experiments/LOG.md).
       encoder: of the condition.
     """
 
@@ -276,6 +288,7 @@ class ModelConfig:
     scan_layers: bool = False
     remat: str = "none"
     dtype: str = "float32"
+    condition_loss: float = 0.0
     encoder: EncoderConfig = EncoderConfig()
 
     def __post_init__(self):
@@ -291,6 +304,7 @@ class ModelConfig:
         _one_of(self, "model", choices)
         positive = ("num_faces", "bins", "width", "layers", "heads", "head_dim", "mlp_width", "slot_layers")
         _at_least(self, "model", **dict.fromkeys((*positive, "attention_block"), 1))
+        _at_least(self, "model", condition_loss=0)
         if not 0 < self.rope_theta < math.inf:
             raise UserError(f"model.rope_theta={self.rope_theta} must be a positive number.")
         if self.kv_heads < 0 or self.heads % self.num_kv_heads:
@@ -330,8 +344,14 @@ class DecoderConfig:
       points: "ar", the generated ones, or "flame_vertices", the static template of the paper's ablation. That one has
         no AR features, so `inputs` must be "position_only" or "none".
       cross_attention: to the AR model's image and point context.
+      context_colors: the context's image tokens carry the colours of their patches (2 × 2 means) beside the AR model's
+        features, which were trained on shapes alone. Every point's input has all of these colours, and its own colour
+        is a mean of them, which it chooses by attention, plus a correction (ours): copying is learned from a few
+        hundred people, painting is not.
       feature_width: of the AR model's hidden states, context_width: of its context; `for_features` sets them.
+      context_tokens: of the context, with `context_colors`; set beside them.
       lower, upper: corners of the box whose points are encoded, metres; of the tokenizer, `for_features` sets them.
+      space: of the points, "identity" or "template" (`DataConfig.space`); `for_features` sets it.
       octaves: frequencies of the positional encoding, from one wave over the box.
       width, layers, heads, head_dim, mlp_width: of the transformer.
       max_offset: metres, bound on each coordinate of the offset. max_scale: metres.
@@ -347,10 +367,13 @@ class DecoderConfig:
     inputs: str = "both"
     points: str = "ar"
     cross_attention: bool = False
+    context_colors: bool = False
     feature_width: int = 128
     context_width: int = 128
+    context_tokens: int = 0
     lower: tuple[float, float, float] = DEFAULT_LOWER
     upper: tuple[float, float, float] = DEFAULT_UPPER
+    space: str = "identity"
     octaves: int = 8
     width: int = 64
     layers: int = 2
@@ -380,6 +403,7 @@ class DecoderConfig:
         choices = {
             "inputs": ("both", "ar_only", "position_only", "none"),
             "points": ("ar", "flame_vertices"),
+            "space": ("identity", "template"),
             "remat": ("none", "full"),
             "dtype": ("float32", "bfloat16", "float64"),
         }
@@ -391,6 +415,8 @@ class DecoderConfig:
         positive = ("width", "heads", "head_dim", "mlp_width", "octaves", "views", "eval_views", "feature_width")
         _at_least(self, "decoder", **dict.fromkeys((*positive, "context_width", "attention_block"), 1))
         _at_least(self, "decoder", layers=0, max_points=0)
+        if self.context_colors and not self.cross_attention:
+            raise UserError("decoder.context_colors needs decoder.cross_attention: colours are part of the context.")
         if not (0 < self.initial_opacity < 1 and self.max_scale > 1e-5 and self.max_offset >= 0):
             raise UserError(
                 "decoder.initial_opacity must lie in (0, 1), max_scale above 1e-5, max_offset at 0 or more."
@@ -404,10 +430,19 @@ class DecoderConfig:
     def uses_positions(self) -> bool:
         return self.inputs in ("both", "position_only")
 
-    def for_features(self, tokenizer: PointTokenizer, width: int) -> DecoderConfig:
-        """The same decoder for points of this tokenizer and an AR model of this width."""
+    def for_features(
+        self, tokenizer: PointTokenizer, width: int, space: str = "identity", context_tokens: int = 0
+    ) -> DecoderConfig:
+        """The same decoder for points of this tokenizer and space, and an AR model of this width and context."""
+        context_width = width + (PATCH_COLORS if self.context_colors else 0)
         return dataclasses.replace(
-            self, lower=tokenizer.lower, upper=tokenizer.upper, feature_width=width, context_width=width
+            self,
+            lower=tokenizer.lower,
+            upper=tokenizer.upper,
+            space=space,
+            feature_width=width,
+            context_width=context_width,
+            context_tokens=context_tokens if self.context_colors else 0,
         )
 
 
@@ -500,6 +535,38 @@ _PAPER_DECODER = DecoderConfig(
     feature_width=1024, width=512, layers=8, heads=8, head_dim=64, mlp_width=1408, remat="full", dtype="bfloat16"
 )
 
+# What `pretrained/` was made with, in about two hours on two cores: one step per point, two fifths of the points of
+# some hundred people around one mesh, windows so short that only the portrait tells what the whole is like, and a
+# decoder that looks at the portrait too, because positions say little about colours.
+_LAPTOP_TRAIN = TrainConfig(
+    steps=2600,
+    batch_size=8,
+    learning_rate=2e-3,
+    schedule="cosine",
+    warmup_steps=60,
+    log_every=20,
+    eval_every=650,
+    checkpoint_every=325,
+)
+_LAPTOP_DECODER = DecoderConfig(
+    cross_attention=True,
+    context_colors=True,
+    width=96,
+    mlp_width=288,
+    train=TrainConfig(
+        steps=2600,
+        batch_size=1,
+        learning_rate=2e-3,
+        schedule="cosine",
+        warmup_steps=60,
+        weight_decay=0.0,
+        b2=0.999,
+        log_every=20,
+        eval_every=650,
+        checkpoint_every=325,
+    ),
+)
+
 PRESETS = {
     # Identities at a laptop's density; data of a dozen people at the size the tiny image encoder reads.
     "tiny": Config(
@@ -509,13 +576,21 @@ PRESETS = {
         data=DataConfig(portrait_size=112, held_out=4),
         train=_TINY_TRAIN,
     ),
+    "laptop": Config(
+        model=ModelConfig(step="point", window=256, condition_loss=1.0),
+        decoder=_LAPTOP_DECODER,
+        identities=IdentityConfig(density=0.35),
+        fit=_LAPTOP_FIT,
+        data=DataConfig(portrait_size=112, held_out=16, keep=0.4, space="template", stride=512),
+        train=_LAPTOP_TRAIN,
+    ),
     "small": Config(model=_SMALL, decoder=_SMALL_DECODER),
     "paper": Config(model=_PAPER, decoder=_PAPER_DECODER),
 }
 
 
 def preset(name: str) -> Config:
-    """The named preset: "tiny" (tests, laptops), "small" (one GPU) or "paper".
+    """The named preset: "tiny" (tests), "laptop" (the pretrained weights), "small" (one GPU) or "paper".
 
     Raises:
       UserError: no such preset.

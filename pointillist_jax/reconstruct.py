@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pointillist_jax.configs import DecoderConfig, ModelConfig
+from pointillist_jax.data.template_space import placement
 from pointillist_jax.files import UserError
 from pointillist_jax.flame import FlameModel, FlameParams, bind_points
 from pointillist_jax.gaussians import Avatar
@@ -106,8 +107,8 @@ def decode_avatar(
 
     Args:
       params, config: of stage two.
-      points: canonical, metres. With `config.points == "flame_vertices"` the mesh's vertices instead: see
-        `data.subject_views.TemplateClouds`.
+      points: canonical, metres, in the space that the decoder was trained on (`config.space`). With
+        `config.points == "flame_vertices"` the mesh's vertices instead: see `data.subject_views.TemplateClouds`.
       hidden: needed where the decoder reads AR features. context: needed with `config.cross_attention`.
 
     Raises:
@@ -120,6 +121,9 @@ def decode_avatar(
     if config.cross_attention and context is None:
         raise UserError("this decoder reads the AR model's context: pass it on.")
     points, num = np.asarray(points, np.float32), len(points)
+    if config.points == "ar":
+        on_person = placement(head, canonical, config.space, float(canonical.jaw_pose[0]))
+        points = on_person(points, np.asarray(binding))
     more = -num % _BUCKET
 
     def pad(x, **how):

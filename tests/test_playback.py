@@ -8,10 +8,11 @@ import pytest
 
 from pointillist_jax.cameras import orbit
 from pointillist_jax.files import UserError
-from pointillist_jax.flame import animate, bind_points, flame_vertices, open_head
+from pointillist_jax.flame import animate, bind_points, face_frames, flame_vertices, global_to_local, open_head
 from pointillist_jax.gaussians import Avatar, Gaussians
 from pointillist_jax.models.gaussian_decoder import Decoded, rigged
-from pointillist_jax.playback import AvatarRenderer
+from pointillist_jax.playback import AvatarRenderer, RiggedPerson, _frame, bucket
+from renderer_bridge import rasterize
 
 HEAD, SIZE = open_head("coarse"), 96
 
@@ -100,3 +101,58 @@ def test_play_grows_its_capacity_and_checks_its_cameras(rng):
     assert (frames[1] < 0.99).any(axis=-1).mean() > 3 * (frames[0] < 0.99).any(axis=-1).mean()
     with pytest.raises(UserError, match="3 cameras of 96 × 96 cannot show 2 frames"):
         list(renderer.play(poses, orbit(3, width=SIZE, height=SIZE)))
+
+
+def test_padding_to_buckets_changes_no_picture(rng):
+    avatar = random_avatar(rng, 300)
+    canonical = avatar.rig.canonical
+    vertices = flame_vertices(HEAD, canonical)
+    local = global_to_local(avatar.gaussians, avatar.rig.binding, face_frames(vertices, HEAD.faces))
+    cameras = orbit(5, width=SIZE, height=SIZE, distance=1.2, azimuth=(-0.7, 0.7))
+    motion = HEAD.neutral_params((5,))
+    motion = motion.replace(jaw_pose=jnp.asarray(rng.uniform(0, 0.3, (5, 3)), jnp.float32))
+    for held in (avatar, RiggedPerson(local, canonical)):
+        renderer = AvatarRenderer(held, HEAD, SIZE, SIZE)
+        frames = renderer.frames(motion, cameras.viewmats, cameras.Ks)
+        assert frames.shape == (5, SIZE, SIZE, 3)
+        world = renderer.pose(motion.timestep(3))
+        assert world.num_gaussians == 300
+        unpadded, _, info = rasterize(
+            world.means, world.quats, world.scales, world.opacities, world.colors, cameras.viewmats[3:4],
+            cameras.Ks[3:4], SIZE, SIZE, backgrounds=jnp.ones((1, 3)),
+        )  # fmt: skip
+        assert info["overflow"] == 0
+        np.testing.assert_allclose(frames[3], np.clip(unpadded[0], 0, 1), atol=1e-6)
+        np.testing.assert_allclose(
+            renderer(motion.timestep(3), cameras.viewmats[3], cameras.Ks[3]), frames[3], atol=1e-6
+        )
+    # Of their own shape both move alike, but for skinning beside the triangles' own motion.
+    assert np.abs(frames - 1).mean() > 0.01
+
+
+def test_people_of_about_one_size_share_a_program_and_grow_it_together(rng):
+    people = [random_avatar(rng, num) for num in (200, 350, 1030)]
+    camera = orbit(1, width=SIZE, height=SIZE, distance=1.2)
+    first = AvatarRenderer(people[0], HEAD, SIZE, SIZE)
+    shown = [first.with_person(person) for person in people]
+    assert [renderer.capacity for renderer in shown] == [None] * 3
+    shown[0](HEAD.neutral_params(), camera.viewmats[0], camera.Ks[0])
+    before = _frame._cache_size()
+    picture = shown[1](HEAD.neutral_params(), camera.viewmats[0], camera.Ks[0])
+    assert _frame._cache_size() == before
+    assert shown[0].capacity == shown[1].capacity == first.capacity is not None
+    assert shown[2].capacity is None
+    own = AvatarRenderer(people[1], HEAD, SIZE, SIZE)(HEAD.neutral_params(), camera.viewmats[0], camera.Ks[0])
+    np.testing.assert_allclose(picture, own, atol=1e-6)
+    # Too little room for any of the frames.
+    shown[1].capacity = 8
+    cameras = orbit(3, width=SIZE, height=SIZE, distance=0.6)
+    grown = shown[1].frames(HEAD.neutral_params((3,)), cameras.viewmats, cameras.Ks)
+    assert first.capacity > 8
+    np.testing.assert_allclose(grown[2], shown[1](HEAD.neutral_params(), cameras.viewmats[2], cameras.Ks[2]), atol=1e-6)
+
+
+@pytest.mark.parametrize(("num", "expected"), [(0, 1024), (1, 1024), (1024, 1024), (1025, 2048), (100_000, 106_496)])
+def test_buckets(num, expected):
+    assert bucket(num) == expected
+    assert num <= 8192 or expected <= 1.125 * num

@@ -8,6 +8,7 @@ Letters: P points (padded), K views, E width of the hidden states, H × W pixels
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from collections import OrderedDict
@@ -19,6 +20,7 @@ import numpy as np
 from pointillist_jax.data.captures import Capture
 from pointillist_jax.data.point_features import FeatureSet, PointFeatures
 from pointillist_jax.data.streams import Batches, prefix_sums
+from pointillist_jax.data.template_space import Placement
 from pointillist_jax.data.token_store import FLAME_FIELDS
 from pointillist_jax.data.views import ViewSource
 from pointillist_jax.files import ArraySpec, UserError, read_npz
@@ -38,13 +40,16 @@ class Clouds(Protocol):
 
 
 class FeatureClouds:
-    """The generated points and their AR features, from a folder of them."""
+    """The generated points and their AR features, from a folder of them, each on its person's canonical mesh."""
 
-    def __init__(self, features: FeatureSet):
-        self._features = features
+    def __init__(self, features: FeatureSet, placements: Mapping[str, Placement] | None = None):
+        """`placements`: of each subject (`template_space.placement`); None where tokens are in the people's space."""
+        self._features, self._placements = features, placements or {}
 
     def load(self, name: str) -> PointFeatures:
-        return self._features.load(name)
+        found = self._features.load(name)
+        place = self._placements.get(name, Placement())
+        return dataclasses.replace(found, points=place(found.points, found.binding))
 
     def num_points(self, name: str) -> int:
         spec = {"points": ArraySpec(("P", 3))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ import numpy as np
 from pointillist_jax.data.captures import load_capture
 from pointillist_jax.data.fits import load_fit
 from pointillist_jax.data.images import load_rgba, square_portrait
+from pointillist_jax.data.template_space import canonical_frames, template_canonical
 from pointillist_jax.data.token_store import FLAME_FIELDS, StoreSpec, SubjectRecord
 from pointillist_jax.files import FileFormatError, UserError, file_sha256
-from pointillist_jax.flame import FaceFrames, FlameModel, FlameParams, face_frames, flame_vertices
+from pointillist_jax.flame import FlameModel, FlameParams
 from pointillist_jax.flame.param_files import load_flame_params
 
 
@@ -36,7 +38,7 @@ class Portrait:
 def subject_record(
     name: str, folder: str | os.PathLike, model: FlameModel, spec: StoreSpec, portrait: Portrait | None = None
 ) -> SubjectRecord:
-    """Tokenises one fit: its Gaussians' centres around the identity's canonical mesh.
+    """Tokenises one fit: its Gaussians' centres around the identity's canonical mesh, or that of the mean shape.
 
     Args:
       name: the subject's.
@@ -58,8 +60,12 @@ def subject_record(
     canonical = fit.identity.canonical(spec.canonical_jaw)
     binding = np.asarray(fit.gaussians.binding)
     # `local_to_global` of the centres alone, in NumPy: JAX would compile anew for every number of Gaussians.
-    frames = FaceFrames(*map(np.asarray, face_frames(flame_vertices(model, canonical), model.faces)))
+    around = canonical if spec.space == "identity" else template_canonical(model, spec.canonical_jaw)
+    frames = canonical_frames(model, around)
     local = np.asarray(fit.gaussians.means)
+    if spec.keep < 1:
+        kept = _kept_points(name, len(local), spec.keep)
+        binding, local = binding[kept], local[kept]
     turned = np.einsum("pab,pb->pa", frames.rotation[binding], local)
     points = frames.scale[binding][:, None] * turned + frames.center[binding]
     try:
@@ -110,6 +116,14 @@ def find_portrait(folders: Sequence[str | os.PathLike], model: FlameModel, side:
         if (folder / "transforms_val.json").is_file() and (portrait := _capture_portrait(folder, model, side)):
             return portrait
     return None
+
+
+def _kept_points(name: str, num: int, keep: float) -> np.ndarray:
+    """Indices, in order, of a share of `num` points: by the subject's name, so that a store is the same wherever and
+    in whatever order it is built."""
+    seed = np.frombuffer(hashlib.sha256(name.encode()).digest(), np.uint32)
+    count = min(num, max(1, round(keep * num)))
+    return np.sort(np.random.default_rng(seed).choice(num, count, replace=False))
 
 
 def flame_fields(params: FlameParams, t: int | None = None) -> dict[str, np.ndarray]:

@@ -24,6 +24,7 @@ from jaxtyping import Int
 
 from pointillist_jax.data.byte_cache import ByteCache
 from pointillist_jax.data.records import pack_record, unpack_record
+from pointillist_jax.data.template_space import SPACES
 from pointillist_jax.files import (
     FileFormatError,
     UserError,
@@ -54,6 +55,8 @@ class StoreSpec:
       canonical_jaw: radians by which the canonical mesh opens its mouth (DESIGN §3).
       portrait_size: side of the portraits in pixels.
       out_of_bounds: "error", or "clip" if points outside the cube were moved onto its border.
+      keep: share of every fit's points that were taken (`DataConfig.keep`).
+      space: "identity" or "template" (`DataConfig.space`).
     """
 
     tokenizer: PointTokenizer
@@ -62,6 +65,14 @@ class StoreSpec:
     canonical_jaw: float = 0.3
     portrait_size: int = 518
     out_of_bounds: str = "error"
+    keep: float = 1.0
+    space: str = "identity"
+
+    def __post_init__(self):
+        if self.space not in SPACES:
+            raise UserError(f"data.space={self.space!r} must be one of {', '.join(SPACES)}.")
+        if not 0 < self.keep <= 1:
+            raise UserError(f"data.keep={self.keep} must lie above 0 and be at most 1.")
 
     def to_json(self) -> dict[str, Any]:
         t = self.tokenizer
@@ -77,6 +88,8 @@ class StoreSpec:
             "canonical_jaw": self.canonical_jaw,
             "portrait_size": self.portrait_size,
             "out_of_bounds": self.out_of_bounds,
+            "keep": self.keep,
+            "space": self.space,
         }
 
 
@@ -445,6 +458,9 @@ def read_spec(path: Path, meta: dict[str, Any]) -> StoreSpec:
             canonical_jaw=float(meta["canonical_jaw"]),
             portrait_size=int(meta["portrait_size"]),
             out_of_bounds=str(meta["out_of_bounds"]),
+            # Stores from before these took all points, around the people's own heads.
+            keep=float(meta.get("keep", 1.0)),
+            space=str(meta.get("space", "identity")),
         )
     except UserError:
         raise

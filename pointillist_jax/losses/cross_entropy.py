@@ -141,6 +141,25 @@ def slot_losses(
     )
 
 
+def marginal_loss(
+    states: Sequence[Float[Array, "B D"]], targets: Sequence[Int[Array, "B P"]], tables: Sequence, eos: int
+) -> Float[Array, ""]:
+    """Σ -log p of targets under one distribution for each row and slot, whatever their order.
+
+    Args:
+      states: x, y, z, b: of each row, not of each token.
+      targets, tables, eos: as `slot_losses`.
+    """
+    total = jnp.zeros((), jnp.promote_types(states[0].dtype, jnp.float32))
+    for state, ids, table in zip(states, targets, tables, strict=True):
+        logits = jnp.einsum("BD,VD->BV", state, table.rows.astype(state.dtype), preferred_element_type=total.dtype)
+        logits = jnp.where(jnp.arange(logits.shape[1]) < table.num_classes, logits, -1e30)
+        labels = table.labels(ids, eos)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(labels, 0), axis=1)
+        total -= jnp.sum(jnp.where(labels >= 0, chosen, 0))
+    return total
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _cross_entropy(hidden, labels, table, num_classes, z_loss, chunks):
     """(Σ loss, nll [B,T], correct [B,T])."""

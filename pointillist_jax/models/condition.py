@@ -11,6 +11,7 @@ Letters: B batch, D width, S context tokens = 1 + image patches + point queries.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,13 +19,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from pointillist_jax.configs import EncoderConfig, ModelConfig
+from pointillist_jax.configs import PATCH_COLORS, EncoderConfig, ModelConfig
 from pointillist_jax.files import UserError
 from pointillist_jax.flame import FlameModel, FlameParams, flame_vertices
 from pointillist_jax.flame.surface_points import head_points
 from pointillist_jax.models.image_encoder import DinoV2, dinov2_param_specs, normalize_images
-from pointillist_jax.models.layers import Params, linear, linear_specs
+from pointillist_jax.models.layers import Params, linear, linear_specs, ones, rms_norm
 from pointillist_jax.models.point_encoder import PointEncoder, point_encoder_param_specs
+from pointillist_jax.tokens import SLOTS
 
 Features = Mapping[str, Array]
 
@@ -58,6 +60,11 @@ def condition_specs(config: ModelConfig) -> dict[str, Any]:
     axes, shapes = ("embed", "table_embed"), feature_shapes(config)
     widths = {"image": shapes["image"][1], "shape": shapes["points"][1], "parts": shapes["points"][1]}
     specs = {f"{name}_projection": linear_specs(width, config.width, axes) for name, width in widths.items()}
+    if config.condition_loss:
+        specs["marginals"] = {
+            "norm": ones(config.width),
+            **{slot: linear_specs(config.width, config.width, ("embed", None)) for slot in SLOTS},
+        }
     return specs if config.encoder.frozen else {**specs, **encoder_specs(config)}
 
 
@@ -125,6 +132,36 @@ def project_features(params: Params, config: ModelConfig, features: Features) ->
             ],
             axis=1,
         )
+
+
+def with_patch_colors(
+    context: Float[Array, "B S D"], portrait: UInt8[Array, "B h w 3"], config: ModelConfig
+) -> Float[Array, "B S D+12"]:
+    """The context with each image patch's colours: RGB means of its 2 × 2 quarters, in [-1, 1]; zeros at other tokens.
+
+    Args:
+      context: of `encode_condition`: cls, patches row by row, then point tokens.
+      portrait: of any size; resized to two pixels a patch.
+    """
+    patches = feature_shapes(config)["image"][0] - 1
+    side = math.isqrt(patches)
+    small = jax.image.resize(portrait.astype(jnp.float32), (len(portrait), 2 * side, 2 * side, 3), "linear") / 127.5 - 1
+    # [B, row, quarter row, column, quarter column, RGB] → [B, patch, 12]
+    quarters = small.reshape(-1, side, 2, side, 2, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, patches, PATCH_COLORS)
+    after = context.shape[1] - 1 - patches
+    colors = jnp.pad(quarters, ((0, 0), (1, after), (0, 0))).astype(context.dtype)
+    return jnp.concatenate([context, colors], axis=-1)
+
+
+def marginal_states(params: Params, context: Float[Array, "B S D"]) -> tuple[Float[Array, "B D"], ...]:
+    """States whose classification (`models.ar.output_tables`) says which x, y, z and b the person's points have.
+
+    `params`: as `condition_specs` with `condition_loss`. From the mean of the context: no point is read.
+    """
+    heads = params["marginals"]
+    with jax.named_scope("marginals"):
+        pooled = rms_norm(jnp.mean(context, axis=1), heads["norm"])
+        return tuple(linear(pooled, heads[slot]) for slot in SLOTS)
 
 
 def encode_condition(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pointillist_jax.configs import DecoderConfig
+from pointillist_jax.configs import PATCH_COLORS, DecoderConfig
 from pointillist_jax.flame.binding import PointRig
 from pointillist_jax.gaussians import Avatar, Gaussians
 from pointillist_jax.models.attention import attention
@@ -40,6 +40,8 @@ from pointillist_jax.models.layers import (
 # Outputs of the head, in this order: colour, opacity, scale, rotation, offset.
 OUTPUTS = {"colors": 3, "opacities": 1, "scales": 3, "quats": 4, "offsets": 3}
 MIN_SCALE = 1e-5
+# Of queries and keys of the attention that copies colours.
+_COPY_WIDTH = 32
 
 
 class Decoded(NamedTuple):
@@ -97,6 +99,18 @@ def param_specs(config: DecoderConfig) -> dict[str, Any]:
             specs["layers"] = stack_specs(_layer_specs(config), config.layers)
         if config.cross_attention:
             specs["context_norm"] = ones(config.context_width)
+        if config.context_colors:
+            size = config.context_tokens * PATCH_COLORS
+            quarters, axes = config.context_tokens * PATCH_COLORS // 3, ("embed", None)
+            specs["copy"] = {
+                "query": linear_specs(D, _COPY_WIDTH, axes, bias=False),
+                "key": linear_specs(config.context_width, _COPY_WIDTH, axes, bias=False),
+                "places": ParamSpec((quarters, _COPY_WIDTH), (None, None), nn.initializers.normal(1.0)),
+            }
+            specs["portrait_mlp"] = {
+                "up": linear_specs(size, D, (None, "mlp")),
+                "down": linear_specs(D, D, ("mlp", None)),
+            }
     # Zeros: at the start all Gaussians are alike, whatever the trunk says.
     size = sum(OUTPUTS.values())
     head = ParamSpec((D, size), ("embed", None), nn.initializers.zeros)
@@ -143,12 +157,15 @@ def decode(
         offsets = jnp.where(real[..., None], config.max_offset * jnp.tanh(raw["offsets"]), 0)
         turned = raw["quats"] + jnp.asarray([1.0, 0.0, 0.0, 0.0], wide)
         scales = jnp.exp(raw["scales"] + config.initial_log_scale)
+        colors = raw["colors"]
+        if config.context_colors:
+            colors = colors + _copied_colors(params, rms_norm(x, params["head"]["norm"]), context)
         gaussians = Gaussians(
             means=points + offsets,
             quats=turned * jax.lax.rsqrt(jnp.sum(turned * turned, axis=-1, keepdims=True) + 1e-12),
             scales=jnp.clip(scales, MIN_SCALE, config.max_scale),
             opacities=jnp.where(real, jax.nn.sigmoid(raw["opacities"][..., 0] + odds), 0),
-            colors=jax.nn.sigmoid(raw["colors"]),
+            colors=jax.nn.sigmoid(colors),
         )
         return Decoded(gaussians, offsets)
 
@@ -186,6 +203,9 @@ def _trunk(params, config, points, hidden, num_points, context, context_lengths)
             flat = hidden.reshape(*hidden.shape[:2], -1).astype(dtype)
             parts.append(_mlp(params["feature_mlp"], rms_norm(flat, params["feature_norm"])))
         x = linear(jnp.concatenate(parts, axis=-1), params["input"])
+        if config.context_colors:
+            colors = context[..., -PATCH_COLORS:].astype(dtype)
+            x = x + _mlp(params["portrait_mlp"], colors.reshape(len(colors), 1, -1))
     if config.cross_attention:
         context = rms_norm(context.astype(dtype), params["context_norm"])
     attend = functools.partial(attention, implementation=config.attention, block_size=config.attention_block)
@@ -205,6 +225,20 @@ def _trunk(params, config, points, hidden, num_points, context, context_lengths)
     for layer in unstack_layers(params["layers"]) if config.layers else ():
         x = run_layer(x, layer)
     return x
+
+
+def _copied_colors(params, x: Float[Array, "B P D"], context: Float[Array, "B S C"]):
+    """[B, P, 3] logits of the colour that each point finds in the portrait: a mean over the quarters of its patches."""
+    p, wide = params["copy"], jnp.promote_types(x.dtype, jnp.float32)
+    with jax.named_scope("copy"):
+        colors = context[..., -PATCH_COLORS:].astype(wide).reshape(len(context), -1, 3)
+        context = rms_norm(context.astype(x.dtype), params["context_norm"])
+        keys = jnp.repeat(linear(context, p["key"]), PATCH_COLORS // 3, axis=1) + p["places"].astype(x.dtype)
+        scores = jnp.einsum("BPH,BSH->BPS", linear(x, p["query"]), keys, preferred_element_type=wide)
+        weights = jax.nn.softmax(scores * _COPY_WIDTH**-0.5)
+        # [-1, 1] to RGB, kept off the ends, where logits are infinite.
+        copied = jnp.clip(jnp.einsum("BPS,BSc->BPc", weights, colors) / 2 + 0.5, 0.02, 0.98)
+        return jnp.log(copied) - jnp.log1p(-copied)
 
 
 def _attend(p: Params, y, source, attend):

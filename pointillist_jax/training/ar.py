@@ -18,9 +18,9 @@ from jaxtyping import Array, Float
 from pointillist_jax.configs import ModelConfig
 from pointillist_jax.files import UserError
 from pointillist_jax.flame import FlameModel
-from pointillist_jax.losses.cross_entropy import SlotLoss, slot_cross_entropy, slot_losses
+from pointillist_jax.losses.cross_entropy import SlotLoss, marginal_loss, slot_cross_entropy, slot_losses
 from pointillist_jax.models.ar import hidden_states, output_tables, param_specs
-from pointillist_jax.models.condition import condition_specs, encode_condition
+from pointillist_jax.models.condition import condition_specs, encode_condition, marginal_states
 from pointillist_jax.models.layers import init_params as init_from_specs
 from pointillist_jax.models.point_step import window_states
 from pointillist_jax.sharding import shard_batch
@@ -71,10 +71,28 @@ def make_loss(config: ModelConfig, head: FlameModel, z_loss: float = 0.0) -> Los
         del key  # Nothing here is random: the paper names no dropout.
         context = encode(params, config, head, batch["condition"])
         loss = window_loss(params["transformer"], config, batch, context, z_loss)
-        nll = jnp.sum(loss.nll)
-        return loss.total, loss.count, {"nll": (nll, loss.count), **loss.metrics()}
+        extra = {"nll": (jnp.sum(loss.nll), loss.count), **loss.metrics()}
+        total = loss.total
+        if config.condition_loss:
+            marginal = condition_loss(params, config, batch, context)
+            extra["marginal"] = marginal, loss.count
+            total += config.condition_loss * marginal
+        return total, loss.count, extra
 
     return loss_fn
+
+
+def condition_loss(params: Params, config: ModelConfig, batch: Batch, context: Float[Array, "B S D"]) -> Array:
+    """Σ -log p of a window's tokens by their slots' distributions, which the context alone gives (`condition_loss`).
+
+    Windows are samples of a person's tokens, so over many of them the context learns to tell the whole cloud's
+    marginals: where hair is, how long, whether there is a beard.
+    """
+    tables = output_tables(jax.lax.stop_gradient(params["transformer"]), config)
+    targets = jnp.where(batch["mask"], batch["targets"], config.tokenizer.pad)
+    # Target t is the token after token t.
+    by_slot = tuple(targets[:, (slot - 1) % 4 :: 4] for slot in range(4))
+    return marginal_loss(marginal_states(params["condition"], context), by_slot, tables, config.tokenizer.eos)
 
 
 def window_loss(

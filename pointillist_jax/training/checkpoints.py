@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 
 from pointillist_jax.files import FileFormatError, UserError, atomic_folder
 from pointillist_jax.training.state import TrainState
+from pointillist_jax.training.weights import load_weights
 
 _log = logging.getLogger(__name__)
 
@@ -136,13 +137,18 @@ def load_params(workdir: str | os.PathLike, step: int | None = None, *, ema: boo
     """Parameters and meta of a run's newest (or given) checkpoint, as NumPy, without its optimiser state.
 
     Args:
-      workdir: of the run, made on any mesh.
+      workdir: of the run, made on any mesh; or a file of weights (`weights.save_weights`), which has one step.
       ema: their average where the run kept one; False takes the parameters themselves.
 
     Raises:
       FileNotFoundError: no checkpoint there.
       FileFormatError: it is damaged.
     """
+    if _is_weights(workdir):
+        params, meta, only = load_weights(workdir)
+        if step not in (None, only):
+            raise FileNotFoundError(f"{workdir} holds step {only}, not {step}: leave the step out.")
+        return params, meta
     folder, steps = _steps_in(workdir)
     if not steps or (step is not None and step not in steps):
         raise FileNotFoundError(f"{folder} has no checkpoint{'' if step is None else f' {step}'}: check the path.")
@@ -163,6 +169,8 @@ def load_params(workdir: str | os.PathLike, step: int | None = None, *, ema: boo
 
 def newest_step(workdir: str | os.PathLike) -> int:
     """The step that `load_params` reads if none is named. Raises FileNotFoundError without any."""
+    if _is_weights(workdir):
+        return load_weights(workdir)[2]
     folder, steps = _steps_in(workdir)
     if not steps:
         raise FileNotFoundError(f"{folder} has no checkpoint: check the path.")
@@ -204,6 +212,10 @@ def model_kind(meta: Mapping[str, Any], where: str | os.PathLike) -> str:
     if isinstance(meta.get("features"), dict) and "tokenizer" in meta["features"]:
         return "decoder"
     raise UserError(f"{where} is a run of neither experiments.train_ar nor experiments.train_decoder: check the path.")
+
+
+def _is_weights(path: str | os.PathLike) -> bool:
+    return os.fspath(path).endswith(".npz")
 
 
 def _steps_in(workdir: str | os.PathLike) -> tuple[Path, list[int]]:

@@ -71,6 +71,21 @@ def test_points_outside_the_cube_are_counted_or_clipped(tmp_path, rng):
     assert open_store(tmp_path / "store", allow_incomplete=True).num_clipped.tolist() == [outside]
 
 
+def test_a_share_of_the_points_is_kept_by_name(tmp_path, rng):
+    write_fit(tmp_path / "fit", rng, 400)
+    t, half = HEAD_SPEC.tokenizer, dataclasses.replace(HEAD_SPEC, keep=0.5)
+    whole = subject_record("a", tmp_path / "fit", MODEL, HEAD_SPEC).tokens[4:-4].reshape(-1, 4)
+    kept = subject_record("a", tmp_path / "fit", MODEL, half).tokens
+    assert len(kept) == 4 * 200 + 8
+    assert t.first_error(kept) is None
+    assert set(map(tuple, kept[4:-4].reshape(-1, 4))) <= set(map(tuple, whole))
+    np.testing.assert_array_equal(kept, subject_record("a", tmp_path / "fit", MODEL, half).tokens)
+    assert not np.array_equal(kept, subject_record("b", tmp_path / "fit", MODEL, half).tokens)
+    assert len(subject_record("a", tmp_path / "fit", MODEL, dataclasses.replace(HEAD_SPEC, keep=1e-9)).tokens) == 12
+    with pytest.raises(UserError, match=r"data\.keep=0"):
+        dataclasses.replace(HEAD_SPEC, keep=0.0)
+
+
 def test_portraits_from_files_from_captures_or_none(tmp_path, rng):
     import imageio.v3 as iio
 
@@ -196,6 +211,7 @@ def test_another_tokenizer_is_refused_by_name(tmp_path, rng, change, name):
         ({"canonical_jaw": 0.0}, "canonical_jaw 0.3, not 0.0"),
         ({"portrait_size": 9}, "portrait_size 5, not 9"),
         ({"out_of_bounds": "clip"}, "out_of_bounds error, not clip"),
+        ({"keep": 0.5}, "keep 1.0, not 0.5"),
     ],
 )
 def test_another_head_or_canonical_pose_is_refused_by_name(tmp_path, rng, change, name):

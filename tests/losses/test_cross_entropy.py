@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from pointillist_jax.losses.cross_entropy import slot_cross_entropy, token_cross_entropy
+from pointillist_jax.losses.cross_entropy import marginal_loss, slot_cross_entropy, token_cross_entropy
 from pointillist_jax.models.ar import OutputTable
 
 
@@ -117,3 +117,22 @@ def test_slots(rng):
     np.testing.assert_array_equal(found.counts, counts)
     np.testing.assert_allclose(found.total, nll.sum(), rtol=1e-5)
     assert found.metrics()["loss_x"][1] == counts[0]
+
+
+def test_marginals_are_one_distribution_for_each_row(rng, x64):
+    """As if every token of a row had the row's state; order does not matter, and ids of no class do not count."""
+    eos, V = 100, 12
+    tables = [
+        OutputTable(jnp.asarray(rng.normal(size=(V, 5))), 9, first, 8, 8 if slot == 0 else -1)
+        for slot, first in enumerate((0, 0, 0, 8))
+    ]
+    states = tuple(jnp.asarray(rng.normal(size=(2, 5))) for _ in range(4))
+    targets = tuple(jnp.asarray(rng.choice([*range(16), eos, -1], (2, 7)), jnp.int32) for _ in range(4))
+    found = marginal_loss(states, targets, tables, eos)
+    expected = sum(
+        plain(jnp.tile(s[:, None], (1, 7, 1)), table.labels(t, eos), table.rows, 9, 0.0)
+        for s, t, table in zip(states, targets, tables, strict=True)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    np.testing.assert_allclose(marginal_loss(states, tuple(t[:, ::-1] for t in targets), tables, eos), found)
+    check_grads(lambda s: marginal_loss(s, targets, tables, eos), (states,), order=1, modes=["rev"])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pointillist_jax.configs import EncoderConfig, ModelConfig
+from pointillist_jax.configs import PATCH_COLORS, EncoderConfig, ModelConfig
 from pointillist_jax.files import UserError
 from pointillist_jax.flame import open_head
 from pointillist_jax.models.condition import (
@@ -18,6 +18,8 @@ from pointillist_jax.models.condition import (
     encode_condition,
     encode_features,
     feature_shapes,
+    marginal_states,
+    with_patch_colors,
 )
 from pointillist_jax.models.layers import init_params
 
@@ -94,3 +96,33 @@ def test_frozen_encoders_get_no_gradients_and_stored_features_stand_for_them(set
     assert {name: x.shape[1:] for name, x in features.items()} == feature_shapes(frozen)
     stored = encode_condition(projections, frozen, head, {"features": features})
     np.testing.assert_allclose(stored, encode(params, image, flame), atol=1e-5)
+
+
+def test_colours_of_patches_stand_beside_their_tokens(setup, rng):
+    head, params, encode = setup
+    image, flame = inputs(rng, head)
+    context = encode(params, image, flame)
+    colored = with_patch_colors(context, image, CONFIG)
+    assert colored.shape == (*context.shape[:2], 24 + PATCH_COLORS)
+    np.testing.assert_array_equal(colored[..., :24], context)
+    colors = np.asarray(colored[..., 24:])
+    assert not colors[:, 0].any()
+    assert not colors[:, 5:].any()
+    # Patch 1 is the upper right one; its third quarter the lower left one: rows 7 to 13, columns 14 to 20.
+    quarter = np.asarray(image, np.float64)[:, 7:14, 14:21] / 127.5 - 1
+    white = np.full((1, 28, 28, 3), 255, np.uint8)
+    np.testing.assert_allclose(with_patch_colors(context[:1], white, CONFIG)[:, 1:5, 24:], 1, atol=1e-6)
+    # Random pixels: a resize that also looks beyond the quarter is near its mean, not equal to it.
+    np.testing.assert_allclose(colors[:, 2, 6:9], quarter.mean(axis=(1, 2)), atol=0.15)
+
+
+def test_marginals_come_from_the_context_alone(setup, rng):
+    head, params, encode = setup
+    config = dataclasses.replace(CONFIG, condition_loss=1.0)
+    heads = init_params(condition_specs(config), jax.random.PRNGKey(1))
+    assert set(condition_specs(config)) - set(condition_specs(CONFIG)) == {"marginals"}
+    context = encode(params, *inputs(rng, head))
+    states = marginal_states(heads, context)
+    assert [s.shape for s in states] == [(2, 24)] * 4
+    shuffled = marginal_states(heads, context[:, ::-1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), states, shuffled)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pointillist_jax.configs import DecoderConfig, preset
+from pointillist_jax.configs import PATCH_COLORS, DecoderConfig, preset
 from pointillist_jax.files import UserError
 from pointillist_jax.models import GaussianDecoder
 from pointillist_jax.models.gaussian_decoder import decode, param_specs
@@ -114,6 +114,37 @@ def test_it_starts_from_equal_faint_gaussians_on_the_points(rng):
     np.testing.assert_allclose(gaussians.scales, np.exp(-5), rtol=1e-6)
     np.testing.assert_allclose(gaussians.quats, np.broadcast_to([1, 0, 0, 0], gaussians.quats.shape), atol=1e-6)
     np.testing.assert_allclose(gaussians.colors, 0.5, rtol=1e-6)
+
+
+COLORED = dataclasses.replace(CONFIG, context_colors=True, context_width=9 + PATCH_COLORS, context_tokens=7)
+
+
+def test_with_the_portraits_colours_points_still_have_no_order(rng):
+    params, (points, hidden, context) = random_params(COLORED), random_inputs(rng, config=COLORED)
+    order = rng.permutation(points.shape[1])
+    plain = run(params, COLORED, points, hidden, None, context)
+    moved = run(params, COLORED, points[:, order], hidden[:, order], None, context)
+    for name in FIELDS:
+        np.testing.assert_allclose(getattr(moved.gaussians, name), getattr(plain.gaussians, name)[:, order], atol=1e-5)
+
+
+def test_colours_are_copied_from_the_portrait(rng):
+    points, hidden, context = random_inputs(rng, config=COLORED)
+    params = init_params(param_specs(COLORED), jax.random.PRNGKey(0))
+    # The head starts at zero, so before training every point has a mean of the portrait's colours.
+    context[..., -PATCH_COLORS:] = np.tile([0.2, -0.4, 0.6], 4)
+    colors = run(params, COLORED, points, hidden, None, context).gaussians.colors
+    np.testing.assert_allclose(colors, np.broadcast_to([0.6, 0.3, 0.8], colors.shape), atol=1e-5)
+    # Which one it takes is learned: the place of a quarter can be made to stand out for one query.
+    context[:, 3, -PATCH_COLORS : -PATCH_COLORS + 3] = 0.9
+    loud = params["copy"]["places"].at[3 * 4].set(0.0)
+    query = jnp.zeros_like(params["copy"]["query"]["kernel"])
+    chosen = params | {"copy": params["copy"] | {"places": loud, "query": {"kernel": query}}}
+    mean = run(chosen, COLORED, points, hidden, None, context).gaussians.colors
+    np.testing.assert_allclose(mean[..., 1], 0.3 + (0.95 - 0.3) / 28, atol=1e-4)
+    gradient = jax.grad(lambda p: run(p, COLORED, points, hidden, None, context).gaussians.colors[..., 1].sum())(params)
+    assert all(np.any(gradient["copy"][name]["kernel"] if name != "places" else gradient["copy"][name])
+               for name in ("query", "key", "places"))  # fmt: skip
 
 
 def test_outputs_stay_in_bounds(rng):
