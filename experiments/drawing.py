@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,6 +15,9 @@ from tqdm import tqdm
 
 from experiments.trained import Contexts, TrainedAR
 from pointillist_jax.data.token_store import TokenStore
+from pointillist_jax.files import UserError
+from pointillist_jax.models.ar import output_tables
+from pointillist_jax.models.condition import marginal_states
 from pointillist_jax.sampling import Generation, Request, generate_many
 
 DEFAULT_MAX_POINTS = 30_000
@@ -27,6 +31,7 @@ class Drawing:
       max_points: of a cloud, a prefix included.
       seed: of all; a person's own key is made of it and of the person's number, so nobody depends on who else is drawn.
       temperature, top_p, top_k, constrain: as `sampling.generate`.
+      candidates: clouds drawn for each person, of whom the one that suits the portrait best is kept (`suitability`).
     """
 
     max_points: int
@@ -35,6 +40,7 @@ class Drawing:
     top_p: float
     top_k: int
     constrain: bool
+    candidates: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +66,10 @@ def define_drawing() -> Callable[[TokenStore | None], Drawing]:
         lower_bound=0,
     )
     flags.DEFINE_boolean("constrain", True, "Mask what would break the order of points.")
+    flags.DEFINE_integer(
+        "candidates", 1, "Draw so many clouds of each person and keep the one that suits the portrait best; for models "
+        "trained with model.condition_loss.", lower_bound=1, upper_bound=1000,
+    )  # fmt: skip
     flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
 
     def drawing(store: TokenStore | None) -> Drawing:
@@ -84,44 +94,92 @@ def draw_clouds(
       at_once: clouds that grow side by side; a place that becomes free is taken by the next person.
       return_hidden: whether clouds come with their hidden states.
     """
-    settings, slots = dataclasses.asdict(drawing), min(at_once, len(people))
-    limit, seed = settings.pop("max_points"), jax.random.PRNGKey(settings.pop("seed"))
+    settings = dataclasses.asdict(drawing)
+    limit, seed, tries = (
+        settings.pop("max_points"),
+        jax.random.PRNGKey(settings.pop("seed")),
+        settings.pop("candidates"),
+    )
+    slots = min(at_once, len(people) * tries)
+    suits = suitability(trained) if tries > 1 else None
     model = trained.params["transformer"], trained.model, trained.spec.tokenizer
     options = {**settings, "slots": slots, "return_hidden": return_hidden, "max_points": limit}
     print("compiling …", flush=True)
     context = contexts([people[0].condition])[0]
     # One more than there are places, so that the program which lets the next one in is compiled too.
-    short = [Request(i, context, seed, max_points=1) for i in range(slots + (len(people) > slots))]
+    short = [Request(i, context, seed, max_points=1) for i in range(slots + (len(people) * tries > slots))]
     for _ in generate_many(*model, short, **options):
         pass
 
-    requests = (
-        Request(i, contexts([p.condition])[0], jax.random.fold_in(seed, p.number), prefix=p.prefix)
-        for i, p in enumerate(people)
-    )
-    bar = tqdm(total=limit * len(people), desc="draw", unit="point")
-    at: dict[int, int] = {}
+    def requests() -> Iterator[Request]:
+        for i, p in enumerate(people):
+            context, key = contexts([p.condition])[0], jax.random.fold_in(seed, p.number)
+            for k in range(tries):
+                # The first candidate is what is drawn without others.
+                yield Request((i, k), context, jax.random.fold_in(key, k) if k else key, prefix=p.prefix)
+
+    bar = tqdm(total=limit * len(people) * tries, desc="draw", unit="point")
+    at: dict[tuple[int, int], int] = {}
     began: dict[int, float] = {}
+    best: dict[int, list[tuple[float, Generation]]] = {}
     start = last = time.perf_counter()
     paused = 0.0  # While the caller writes what has ended.
 
-    def progress(points: dict[int, int]) -> None:
+    def progress(points: dict[tuple[int, int], int]) -> None:
         nonlocal last
-        for i in points:
+        for i, _ in points:
             began.setdefault(i, last)
         at.update(points)
         last = time.perf_counter() - paused
         bar.set_postfix_str(f"{len(points)} at once", refresh=False)
         bar.update(sum(at.values()) - bar.n)
 
-    for i, cloud in generate_many(*model, requests, progress=progress, **options):
+    for (i, _), cloud in generate_many(*model, requests(), progress=progress, **options):
         # Most clouds end before the limit: the time left counts what can still come.
         bar.total -= limit - int(cloud.num_points[0])
         bar.refresh()
         before = time.perf_counter()
-        yield people[i], cloud, last - began[i]
+        found = best.setdefault(i, [])
+        found.append((0.0 if suits is None else suits(contexts([people[i].condition]), cloud), cloud))
+        if len(found) == tries:
+            # Whatever order they ended in; `max` of equals takes the one that ended first.
+            yield people[i], max(best.pop(i), key=lambda one: one[0])[1], last - began[i]
         paused += time.perf_counter() - before
     bar.close()
     seconds, total = max(last - start, 1e-9), sum(at.values())
     rates = f"{total / seconds:.0f} points/s, {4 * total / seconds:.0f} tokens/s"
-    print(f"{total:,} points of {len(people)} clouds, {slots} at once, in {seconds:.1f} s without compilation: {rates}")
+    clouds = f"{len(people)} clouds" + (f" × {tries} candidates" if tries > 1 else "")
+    print(f"{total:,} points of {clouds}, {slots} at once, in {seconds:.1f} s without compilation: {rates}")
+
+
+def suitability(trained: TrainedAR) -> Callable[[jax.Array, Generation], float]:
+    """How well a cloud suits a context: the mean log-probability of its tokens under the context's marginals.
+
+    The marginals (`ModelConfig.condition_loss`) say what the portrait alone tells of the whole cloud: how much hair,
+    how long. A cloud is written point by point and may miss that; of several the likeliest comes closest.
+
+    Raises:
+      UserError: a model without marginals.
+    """
+    if "marginals" not in trained.params["condition"]:
+        raise UserError(
+            "--candidates needs a model that was trained with --config.model.condition_loss, which tells how well a "
+            "cloud suits a portrait; leave it out."
+        )
+    tables = output_tables(trained.params["transformer"], dataclasses.replace(trained.model, loss_support="slot"))
+    bins = trained.spec.tokenizer.bins
+
+    @jax.jit
+    def marginals(context):
+        states = marginal_states(trained.params["condition"], context)
+        return [jax.nn.log_softmax((s @ t.rows.T)[0, : t.num_classes]) for s, t in zip(states, tables, strict=True)]
+
+    def mean_log_prob(context: jax.Array, cloud: Generation) -> float:
+        num = int(cloud.num_points[0])
+        if not num:
+            return -math.inf
+        classes = cloud.tokens[0, 4 : 4 + 4 * num].reshape(-1, 4) - np.array([0, 0, 0, bins])
+        logs = zip(marginals(context), classes.T, strict=True)
+        return float(np.mean([np.asarray(log)[ids].mean() for log, ids in logs]))
+
+    return mean_log_prob

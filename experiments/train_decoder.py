@@ -48,7 +48,7 @@ from pointillist_jax.files import UserError, atomic_path
 from pointillist_jax.flame import FlameModel
 from pointillist_jax.sharding import batch_share, make_mesh
 from pointillist_jax.training import decoder
-from pointillist_jax.training.checkpoints import Checkpoints
+from pointillist_jax.training.checkpoints import Checkpoints, load_params, model_kind
 from pointillist_jax.training.loop import resume_or_init, train
 from pointillist_jax.training.metric_log import read_metrics
 from pointillist_jax.training.state import TrainState, make_optimizer, make_schedule
@@ -61,6 +61,11 @@ VGG = flags.DEFINE_string("vgg", None, "torchvision's vgg16-397923af.pth, for LP
 AR = flags.DEFINE_string("ar", None, "With decoder.cross_attention: the workdir of experiments.train_ar.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint of --ar; the newest if not given.", lower_bound=0)
 STORE = flags.DEFINE_string("store", None, "With decoder.cross_attention: the token store, for the portraits.")
+INIT = flags.DEFINE_string(
+    "init",
+    None,
+    "Begin with the parameters of this run (workdir or file of weights), e.g. to go on with sampled features.",
+)
 DOWNSCALE = flags.DEFINE_integer("downscale", 1, "Divide the pictures' sides by this.", lower_bound=1)
 IDENTITY = flags.DEFINE_enum("identity", "check", ("check", "first"), "As experiments.fit.")
 CY_FROM_BOTTOM = flags.DEFINE_boolean("cy_from_bottom", False, "As experiments.fit.")
@@ -154,6 +159,8 @@ def check_flags(config: Config) -> None:
         refuse_flags([f"{decoder_}inputs", f"{decoder_}points"], "with --compare, which chooses both")
     if not config.decoder.cross_attention:
         refuse_flags(("ar", "step", "store"), "without --config.decoder.cross_attention")
+    if COMPARE.value:
+        refuse_flags(("init",), "with --compare, whose variants have other parameters")
     if not config.decoder.lambda_lpips:
         refuse_flags(("vgg",), "with decoder.lambda_lpips=0")
 
@@ -275,6 +282,9 @@ def train_decoder(
     with Checkpoints(workdir, run_.keep) as checkpoints:
         key = jax.random.PRNGKey(seed)
         state, saved = resume_or_init(checkpoints, init, optimizer, run_, key, devices, stream, check)
+        if saved is None and INIT.value:
+            params = initial_params(state.params, INIT.value)
+            state = state.replace(params=params, ema=state.ema and jax.tree.map(jax.numpy.copy, params))
         if saved is not None:
             meta["capacity"] = int(saved["capacity"])
             if not jax.process_index():
@@ -310,6 +320,24 @@ def train_decoder(
             points = {c.subject: clouds.num_points(c.subject) for c in everyone}
             write_card(workdir, config, scores, points, spec.source, lpips=data.lpips is not None)
     return state, stopped
+
+
+def initial_params(fresh: Any, path: str) -> Any:
+    """The parameters of another run, laid out as `fresh`. Raises UserError where they are those of another decoder."""
+    found, meta = load_params(path)
+    if model_kind(meta, path) != "decoder":
+        raise UserError(f"--init={path} holds no decoder: name a run of experiments.train_decoder.")
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        return {jax.tree_util.keystr(key): leaf.shape for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+    mine, theirs = shapes(fresh), shapes(found)
+    if different := sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)):
+        name = different[0]
+        raise UserError(
+            f"--init={path} is another decoder: {name} has shape {theirs.get(name)}, here {mine.get(name)}."
+        )
+    return jax.tree.map(lambda new, old: jax.device_put(np.asarray(new, old.dtype), old.sharding), found, fresh)
 
 
 def largest_cloud(clouds, captures) -> int:
