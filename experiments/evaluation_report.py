@@ -17,7 +17,7 @@ from pointillist_jax.evaluation.protocols import Views
 from pointillist_jax.evaluation.scores import METRICS, Networks, mean_scores
 from pointillist_jax.files import atomic_path, read_json
 
-_CELL = 128
+_CELL = 140  # Pixels at least: the longest name of a baseline must fit beneath.
 # Columns of the overview: one view of everybody.
 _OVERVIEW = ("truth", "ours", "full", "mean_image", "mean_on_shape", "nearest", "nearest_on_shape")
 

@@ -97,11 +97,11 @@ def test_tables_state_what_is_there_and_what_is_missing(root, of_truth):
     assert f"2 held-out people, {2 * VIEWS} pictures of 32 × 32 on white" in table
     for line in ("Self-reenactment", "LPIPS: not available"):
         assert line in of_truth.out
-    # A row of six views and the portrait for the photographs and each of eight methods, enlarged to 128 pixels.
+    # A row of six views and the portrait for the photographs and each of eight methods, enlarged to 160 pixels.
     for name in ("self/p0", "cross/p0"):
         path = root / f"of_truth/pictures/{name}.png"
         if path.is_file():
-            assert iio.imread(path).shape == (9 * (128 + 18), 7 * 128, 3)
+            assert iio.imread(path).shape == (9 * (160 + 18), 7 * 160, 3)
     assert (root / "of_truth/pictures/overview_self.png").is_file()
 
 
