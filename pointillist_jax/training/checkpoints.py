@@ -9,9 +9,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +150,13 @@ def load_params(workdir: str | os.PathLike, step: int | None = None, *, ema: boo
     folder = folder / str(steps[-1] if step is None else step)
     item = folder / ("ema" if ema and (folder / "ema").is_dir() else "params")
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        # Orbax warns of metadata that its own writer left out, and tells what is damaged, as the exception does.
+        with _silenced(logging.getLogger("absl")), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             tree = reader.metadata(item).item_metadata.tree
             # As NumPy: arrays would ask for the devices they were saved from.
             how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             params = reader.restore(item, args=ocp.args.PyTreeRestore(restore_args=how))
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        with _silenced(logging.getLogger("absl")), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             meta = reader.restore(folder / "meta")
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged or missing files.
         raise FileFormatError(f"{item} cannot be read ({_reason(error)}): name an earlier step.") from None
@@ -191,6 +193,16 @@ def save_params(
             writer.save(target / "params", args=ocp.args.PyTreeSave(params))
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
             writer.save(target / "meta", args=ocp.args.JsonSave(meta))
+
+
+@contextlib.contextmanager
+def _silenced(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _steps_in(workdir: str | os.PathLike) -> tuple[Path, list[int]]:
