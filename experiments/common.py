@@ -30,7 +30,7 @@ from absl import app, flags
 
 from experiments import INTERRUPTED, leave_at_interrupt
 from pointillist_jax.configs import Config
-from pointillist_jax.files import UserError
+from pointillist_jax.files import UserError, require_writable
 
 
 def run(main: Callable[[], None]) -> None:
@@ -44,8 +44,9 @@ def run(main: Callable[[], None]) -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         # absl shows INFO lines; JAX uses one per back end that this machine does not have.
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
-        # Orbax reports every stage of every checkpoint through absl's own logger.
         logging.getLogger("absl").setLevel(logging.WARNING)
+        # Orbax reports every stage of every checkpoint; what fails it also raises.
+        logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
         keep_freed_memory()
         try:
             if len(argv) > 1:
@@ -87,7 +88,7 @@ def sentence_of(error: Exception) -> str | None:
     """What the user has to know of an error; None for a defect of the program, which deserves its traceback."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:200]:
+    if isinstance(error, MemoryError) or (_of_xla(error) and "RESOURCE_EXHAUSTED" in str(error)):
         reason = f" ({str(error).splitlines()[0][:200]})" if str(error) else ""
         return f"there is not enough memory{reason}; make batches, pictures or clouds smaller."
     if not isinstance(error, OSError):
@@ -100,6 +101,10 @@ def sentence_of(error: Exception) -> str | None:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{where}{error.strerror.lower()}; make space, or write to another disk."
     return f"{where}{error.strerror.lower()}; choose another path."
+
+
+def _of_xla(error: Exception) -> bool:
+    return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
 
 
 def end_stopped(stopped: str, step: int) -> None:
@@ -273,7 +278,7 @@ def open_workdir(path: str | os.PathLike, made: Sequence[str], *, resume: bool, 
             )
         for entry in (path / name for name in made):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
-    path.mkdir(parents=True, exist_ok=True)
+    require_writable(path)
     return path
 
 

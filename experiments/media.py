@@ -26,7 +26,7 @@ def write_image(path: Path, image: np.ndarray) -> None:
 def write_video(path: Path, frames: Sequence[np.ndarray], fps: int = 24) -> None:
     """Writes float [H, W, 3] frames in [0, 1] as an H.264 MP4; sides are padded to even lengths, which H.264 needs.
 
-    The encoder runs without imageio's plugin, which does not look at how it ended: on a full disk it leaves half a file.
+    Not through imageio's plugin, which does not look at how the encoder ended: a full disk would leave half a file.
 
     Raises:
       WriteError: says what the encoder said.

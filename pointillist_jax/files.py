@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -47,10 +48,11 @@ class WriteError(UserError):
     """
 
     def __init__(self, path: str | os.PathLike, reason: Exception | str):
-        said = str(reason).strip() or type(reason).__name__
-        super().__init__(
-            f"{path} could not be written ({said.splitlines()[0][:300]}): make space, or write to another disk."
-        )
+        said = (getattr(reason, "strerror", None) or str(reason)).strip() or type(reason).__name__
+        # What an operating system says of a full disk stands somewhere in what TensorStore says.
+        full = os.strerror(errno.ENOSPC)
+        said = full if full in said else said.splitlines()[0][:300]
+        super().__init__(f"{path} could not be written ({said}): make space, or write to another disk.")
 
 
 @contextlib.contextmanager
@@ -78,6 +80,17 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Around writing to an open file: lets an OSError name it, which the system does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _name(error: OSError, path: Path, stem: str) -> None:
@@ -119,6 +132,22 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         if new is not None:
             shutil.rmtree(new, ignore_errors=True)
+
+
+def require_writable(folder: str | os.PathLike) -> None:
+    """Makes the folder if it is not there. To be called before the work whose results go there.
+
+    Raises:
+      OSError: names the folder, if no file can be made in it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        error.filename = str(folder)
+        raise
 
 
 def read_json(path: str | os.PathLike, what: str, max_bytes: int = 256 << 20) -> dict[str, Any]:

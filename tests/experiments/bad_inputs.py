@@ -12,12 +12,16 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from pointillist_jax.data.point_features import FeatureSet
+from pointillist_jax.flame import bind_points, open_head
 from pointillist_jax.flame.model import save_flame
+from pointillist_jax.gaussians import Avatar, Gaussians, save_avatar
 from tests.data.fit_files import write_fit
-from tests.experiments.decoder_runs import small, write_everything
-from tests.experiments.forked import Forks
+from tests.experiments.decoder_runs import small, write_decoder, write_everything
 from tests.fitting.scenes import write_person
 
 NOISE = np.random.default_rng(7).bytes(700)
@@ -35,20 +39,22 @@ class Script:
     """What a script is given.
 
     Attributes:
-      good: flags it runs with; {root} is the folder of `write_good`. None: it never gets far enough to need any.
+      good: flags it runs with; {root} is the folder of `write_good`.
       inputs: flag of an input → its kind in `WRONG`, and more flags that make the script look at it.
       damage: (flag of a folder, glob in it, ways of `spoil`).
       values: flags out of range, or that do not go together → what the sentence must hold.
+      without: flag of an input → flags of `good` that it excludes.
       output: flag that names where it writes, and the name below a folder of the test's own.
-      runs: whether the test runs it to its end: what is tested of outputs needs that.
-      long: Ctrl-C comes when this pattern is in its output; None if it ends at once.
+      spaces: bytes on a disk that is too small for what it writes.
     """
 
     good: tuple[str, ...] = ()
     inputs: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     damage: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
     values: dict[str, str] = dataclasses.field(default_factory=dict)
+    without: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     output: tuple[str, str] | None = None
+    spaces: tuple[int, ...] = (0,)
 
 
 FIT = {"iterations": 4, "densify_from": 1, "densify_interval": 2, "save_interval": 2, "max_points": 50}
@@ -66,6 +72,7 @@ def config(settings: dict[str, object], prefix: str = "") -> tuple[str, ...]:
     return tuple(f"--config.{prefix}{name}={value}" for name, value in settings.items())
 
 
+# What one loader reads is spoiled in every way for one script, and once for the others.
 CHECKPOINT = (
     ("checkpoints/*", ("gone",)),
     ("checkpoints/*/params", ("gone",)),
@@ -73,7 +80,9 @@ CHECKPOINT = (
     ("checkpoints/*/meta/metadata", ("cut", "noise", "types")),
     ("checkpoints/*/params/manifest.ocdbt", ("cut", "noise")),
 )
+SOME_CHECKPOINT = (("checkpoints/*/meta/metadata", ("types",)),)
 STORE = (("meta.json", ("gone", "cut", "types", "a folder")), ("tokens-*", ("gone", "cut", "noise")))
+SOME_STORE = (("tokens-*", ("noise",)),)
 CAPTURE = (
     ("p0/transforms_train.json", ("cut", "types", "noise")),
     ("p0/transforms_val.json", ("gone", "types")),
@@ -81,6 +90,7 @@ CAPTURE = (
     ("p0/flame_param/00000.npz", ("gone", "cut", "nan", "shapes")),
     ("p0/images/*.png", ("gone", "cut", "noise", "empty file")),
 )
+SOME_CAPTURE = (("p0/transforms_train.json", ("noise",)), ("p0/images/*.png", ("cut",)))
 
 
 def damage(flag: str, entries: Sequence[tuple[str, tuple[str, ...]]]) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
@@ -99,13 +109,15 @@ SCRIPTS: dict[str, Script] = {
         output=("workdir", "people"),
     ),
     "fit": Script(
-        good=("--capture={root}/balls", "--flame={root}/ball.npz", *config(FIT, "fit.")),
+        good=("--capture={root}/balls", "--subjects=ball_0", "--flame={root}/ball.npz", *config(FIT, "fit.")),
         inputs={"capture": ("folder",), "flame": ("weights",)},
         damage=damage("capture", [(g.replace("p0", "ball_0"), ways) for g, ways in CAPTURE]),
         values={"--subjects=nobody": "nobody", "--config.fit.max_points=1": "max_points", "--shard=1": "shard",
-                "--downscale=0": "downscale", "--downscale=1000": "downscale", "--config.fit.iterations=0": "iterations",
-                "--config.fit.sh_degree=9": "sh_degree", "--config.fit.lr_means=nan": "lr_means"},
+                "--downscale=0": "downscale", "--downscale=99": "downscale",
+                "--config.fit.iterations=0": "iterations", "--config.fit.sh_degree=9": "sh_degree",
+                "--config.fit.lr_means=nan": "lr_means"},
         output=("workdir", "fits"),
+        spaces=(0, 10_000),
     ),
     "tokenize": Script(
         good=("--fits={root}/fits", "--captures={root}/captures", "--detail=coarse", "--config.data.portrait_size=14"),
@@ -113,70 +125,79 @@ SCRIPTS: dict[str, Script] = {
         damage=(
             *damage("fits", [("p0/point_cloud.ply", ("cut", "noise", "empty file")),
                              ("p0/flame_param.npz", ("gone", "cut", "nan", "shapes"))]),
-            *damage("captures", [("p0/transforms_val.json", ("cut", "types")), ("p0/images/*.png", ("gone", "noise"))]),
+            *damage("captures", [("p0/transforms_val.json", ("cut", "types"))]),
         ),
         values={"--subjects=nobody": "nobody", "--bounds=1,2": "bounds", "--bounds=0,0,0,0,0,0": "lower",
-                "--bounds=0,0,0,0.01,0.01,0.01": "bounds", "--append": "append", "--config.data.bins=1": "bins",
-                "--config.data.portrait_size=0": "portrait_size", "--bounds=nan,0,0,1,1,1": "",
+                "--bounds=0,0,0,0.01,0.01,0.01": "outside the box", "--append": "append",
+                "--config.data.bins=1": "bins",
+                "--config.data.portrait_size=0": "portrait_size", "--bounds=nan,0,0,1,1,1": "nan",
                 "--config.data.subjects_per_shard=0": "subjects_per_shard", "--detail=huge": "detail"},
         output=("workdir", "tokens"),
+        spaces=(0, 40_000),
     ),
     "encode_conditions": Script(
         good=("--store={root}/store", "--random_weights", *ENCODER),
-        inputs={"store": ("folder",), "image_weights": ("weights", "--norandom_weights", "--point_weights={root}/me.npz"),
-                "point_weights": ("weights", "--norandom_weights")},
-        damage=damage("store", STORE),
+        inputs={"store": ("folder",),
+                "image_weights": ("weights", "--norandom_weights", "--point_weights={root}/me.npz")},
+        damage=damage("store", SOME_STORE),
         values={"--batch_size=0": "batch_size", "--config.model.encoder.image_size=15": "image_size",
                 "--dtype=int8": "dtype", "--norandom_weights": "weights"},
     ),
     "train_ar": Script(
         good=("--store={root}/store", *config(STAGE_ONE)),
         inputs={"store": ("folder",), "flame": ("weights",)},
-        damage=damage("store", STORE),
+        damage=damage("store", SOME_STORE),
         values={"--mesh=data:0": "mesh", "--mesh=nothing": "mesh", "--mesh=data:7": "mesh", "--profile=3": "profile",
                 "--profile=5:9": "profile", "--config.model.window=30": "window", "--config.train.steps=0": "steps",
                 "--config.train.batch_size=0": "batch_size", "--config.model.heads=0": "heads",
-                "--config.train.learning_rate=-1": "learning_rate", "--config.model.encoder.frozen": "encode_conditions",
-                "--config.model.dtype=int8": "dtype", "--resume --overwrite": "resume",
+                "--config.train.learning_rate=-1": "learning_rate",
+                "--config.model.encoder.frozen": "encode_conditions", "--config.model.dtype=int8": "dtype",
+                "--resume --overwrite": "resume",
                 "--coordinator=nowhere --num_processes=2": "process_id"},
         output=("workdir", "ar"),
+        spaces=(0, 60_000),
     ),
     "extract_features": Script(
         good=("--ar={root}/ar", "--store={root}/store"),
         inputs={"ar": ("folder",), "store": ("folder",), "flame": ("weights",)},
         damage=(*damage("ar", CHECKPOINT), *damage("store", STORE)),
         values={"--subjects=nobody": "nobody", "--step=99": "99", "--shard=1": "shard", "--batch=0": "batch",
-                "--temperature=1": "temperature", "--top_p=2": "top_p", "--image_weights={root}/me.npz": "image_weights"},
+                "--temperature=1": "temperature", "--top_p=2": "top_p",
+                "--image_weights={root}/me.npz": "image_weights"},
         output=("workdir", "features"),
+        spaces=(0, 8_000),
     ),
     "generate": Script(
         good=("--ar={root}/ar", "--portrait={root}/me.png", "--tracker={root}/me.npz", "--max_points=2"),
         inputs={"ar": ("folder",), "portrait": ("file",), "tracker": ("file",), "prefix": ("file", "--max_points=9"),
                 "flame": ("weights",)},
-        damage=damage("ar", CHECKPOINT),
+        damage=damage("ar", SOME_CHECKPOINT),
         values={"--timestep=5": "timestep", "--prefix=7": "prefix", "--temperature=-1": "temperature",
                 "--subjects=p0": "subjects", "--step=99": "99", "--batch=0": "batch",
-                "--store={root}/store": "either", "--temperature=nan": "temperature"},
+                "--store={root}/store": "either"},
         output=("workdir", "clouds"),
     ),
     "train_decoder": Script(
         good=("--features={root}/features", "--captures={root}/captures", *small(**{"train.steps": 1})),
         inputs={"features": ("folder",), "captures": ("folder",), "vgg": ("weights",), "flame": ("weights",)},
         damage=(
-            *damage("features", [("meta.json", ("gone", "cut", "types")), ("p0.npz", ("cut", "nan", "shapes", "noise"))]),
-            *damage("captures", CAPTURE),
+            *damage("features", [("meta.json", ("gone", "cut", "types")),
+                                 ("p0.npz", ("cut", "nan", "shapes", "noise"))]),
+            *damage("captures", SOME_CAPTURE),
         ),
         values={"--compare=nothing": "nothing", "--mesh=data:3": "mesh", "--ar={root}/ar": "ar",
                 "--config.decoder.inputs=none_of_it": "inputs", "--config.decoder.views=0": "views",
-                "--config.decoder.cross_attention": "--ar", "--downscale=0": "downscale", "--downscale=99": "downscale"},
+                "--config.decoder.cross_attention": "--ar", "--downscale=0": "downscale",
+                "--downscale=99": "downscale"},
         output=("workdir", "decoder"),
+        spaces=(0, 60_000),
     ),
     "reconstruct": Script(
         good=("--decoder={root}/decoder", "--features={root}/features", "--store={root}/store", "--subjects=p0"),
         inputs={"decoder": ("folder",), "features": ("folder",), "store": ("folder",), "flame": ("weights",)},
         damage=(
-            *damage("decoder", CHECKPOINT),
-            *damage("features", [("meta.json", ("gone", "types")), ("p0.npz", ("cut", "nan", "shapes"))]),
+            *damage("decoder", SOME_CHECKPOINT),
+            *damage("features", [("meta.json", ("types",)), ("p0.npz", ("cut",))]),
         ),
         values={"--subjects=nobody": "nobody", "--portrait={root}/me.png": "either", "--ar={root}/ar": "ar",
                 "--tracker={root}/me.npz": "tracker", "--temperature=1": "temperature"},
@@ -190,13 +211,15 @@ SCRIPTS: dict[str, Script] = {
                                  ("avatar.json", ("gone", "cut", "types"))]),
         values={"--motion=dance": "motion", "--camera=above": "camera", "--size=1": "size", "--fps=0": "fps",
                 "--frames=0": "frames", "--motion={root}/nowhere.npz": "frames", "--split=test": "split",
-                "--camera={root}/nowhere.json --nosize": "size"},
+                "--camera={root}/nowhere.json": "size"},
+        without={"capture": ("motion", "frames", "size")},
         output=("output", "me.mp4"),
     ),
     "export": Script(
         good=("--checkpoint={root}/ar",),
         inputs={"checkpoint": ("folder",), "import": ("weights",)},
-        damage=damage("checkpoint", CHECKPOINT),
+        damage=damage("checkpoint", SOME_CHECKPOINT),
+        without={"import": ("checkpoint",)},
         values={"--format=word": "format", "--step=99": "99"},
         output=("output", "ar.safetensors"),
     ),
@@ -213,7 +236,8 @@ SCRIPTS: dict[str, Script] = {
     "build_open_head": Script(inputs={"wheel": ("weights",)}),
     "bench_animate": Script(values={"--gaussians=0": "gaussians", "--sizes=x": "sizes", "--detail=huge": "detail"}),
     "bench_data": Script(
-        values={"--windows=x": "windows", "--windows=30": "window", "--points=0": "points", "--against=huge": "against"}
+        values={"--windows=x": "windows", "--windows=30": "windows", "--points=0": "points",
+                "--against=huge": "against"},
     ),
     "bench_decode": Script(
         good=config(BENCH),
@@ -228,12 +252,13 @@ SCRIPTS: dict[str, Script] = {
     ),
     "bench_train": Script(
         good=config(BENCH),
-        values={"--windows=30": "windows", "--batch=0": "batch", "--mesh=nothing": "mesh", "--against=paper": "against"},
+        values={"--windows=30": "windows", "--batch=0": "batch", "--mesh=nothing": "mesh",
+                "--against=paper": "against"},
     ),
 }  # fmt: skip
 
 
-def write_good(root: Path, forks: Forks) -> None:
+def write_good(root: Path) -> None:
     """Everything that `{root}` in `SCRIPTS` stands for."""
     write_everything(root)
     rng = np.random.default_rng(3)
@@ -241,9 +266,23 @@ def write_good(root: Path, forks: Forks) -> None:
         write_fit(root / f"fits/p{i}", rng, 60, spread=0.1)
         model = write_person(root / f"balls/ball_{i}", i)
     save_flame(root / "ball.npz", model)
-    for script, output in (("train_decoder", "decoder"), ("reconstruct", "avatars")):
-        ended = forks.run(script, *filled(SCRIPTS[script].good, root), f"--workdir={root}/{output}")
-        assert ended.code == 0, ended.err
+    write_decoder(root / "decoder", FeatureSet(root / "features"))
+    write_avatar(root / "avatars/p0", rng)
+
+
+def write_avatar(folder: Path, rng: np.random.Generator, num: int = 20) -> None:
+    head = open_head("coarse")
+    canonical = head.neutral_params().canonical()
+    points, binding = rng.uniform(-0.1, 0.1, (num, 3)), rng.integers(0, head.num_faces, num)
+    gaussians = Gaussians(
+        means=points,
+        quats=rng.normal(size=(num, 4)),
+        scales=np.full((num, 3), 0.01),
+        opacities=np.full(num, 0.5),
+        colors=rng.uniform(size=(num, 3)),
+    )
+    gaussians = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), gaussians)
+    save_avatar(folder, Avatar(gaussians, bind_points(head, canonical, gaussians.means, binding)))
 
 
 def filled(arguments: Sequence[str], root: Path) -> list[str]:
@@ -314,12 +353,10 @@ def spoil(path: Path, way: str) -> None:
 
 
 def cases() -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """(script, kind of case, what it needs) of all bad inputs."""
+    """(script, "flags" | "input" | "damage", what it needs) of all bad inputs."""
     for name, script in SCRIPTS.items():
-        yield name, "unknown flag", ("--nope=1",)
-        yield name, "argument", ("extra",)
-        for flags, said in script.values.items():
-            yield name, "value", (flags, said)
+        for flags, said in ({"--nope=1": "nope", "extra": "'extra'"} | script.values).items():
+            yield name, "flags", (flags, said)
         for flag, (kind, *_) in script.inputs.items():
             for way in WRONG[kind]:
                 yield name, "input", (flag, way)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ class Ended:
       code: exit code.
       out, err: what it printed.
       files: that lay below `where` when it ended, hidden ones too.
+      broken: those of them that are not whole.
       full: how the disk was made small: "tmpfs", "limit", or "".
       timed_out: it was killed after the time limit.
       seconds_after_signal: that it went on after `interrupt`.
@@ -33,6 +33,7 @@ class Ended:
     out: str
     err: str
     files: list[str]
+    broken: list[str]
     full: str
     timed_out: bool
     seconds_after_signal: float | None
@@ -98,8 +99,3 @@ class Forks:
 def scripts() -> list[str]:
     """Names of all scripts: what can be started as `python -m experiments.<name>`."""
     return sorted(p.stem for p in (ROOT / "experiments").glob("*.py") if "run(main)" in p.read_text().splitlines()[-1])
-
-
-def said(arguments: Sequence[str]) -> str:
-    """For the message of a failed assertion."""
-    return " ".join(arguments)
