@@ -6,23 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.experiments.bad_inputs import SCRIPTS, cases, filled, spoiled, write_good, wrong_path
-from tests.experiments.forked import Ended, Forks, scripts
+from tests.experiments.bad_inputs import SCRIPTS, cases, filled, spoiled, wrong_path
+from tests.experiments.forked import Ended, scripts
 
 FULL = "make space, or write to another disk"
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with Forks(tmp_path_factory.mktemp("compiled")) as forks:
-        yield forks
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("good")
-    write_good(root)
-    return root
 
 
 def test_every_script_has_its_cases():
@@ -50,8 +37,8 @@ def arguments(script: str, root: Path, output: Path | None) -> list[str]:
 
 
 @pytest.mark.parametrize(("script", "kind", "what"), cases())
-def test_bad_input_is_one_sentence(script, kind, what, forks, root, tmp_path):
-    given, out = SCRIPTS[script], tmp_path / "out"
+def test_bad_input_is_one_sentence(script, kind, what, forks, good_root, tmp_path):
+    given, out, root = SCRIPTS[script], tmp_path / "out", good_root
     output = out / given.output[1] if given.output else None
     good = arguments(script, root, output)
     paths = {flag: Path(path) for flag, _, path in (flag.removeprefix("--").partition("=") for flag in good)}
@@ -81,7 +68,7 @@ WRITERS = [name for name, script in SCRIPTS.items() if script.output]
 
 @pytest.mark.parametrize("way", ["in its place", "below a file", "read-only"])
 @pytest.mark.parametrize("script", WRITERS)
-def test_outputs_that_cannot_be_written_are_one_sentence(script, way, forks, root, tmp_path):
+def test_outputs_that_cannot_be_written_are_one_sentence(script, way, forks, good_root, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     output = out / SCRIPTS[script].output[1]
@@ -95,7 +82,7 @@ def test_outputs_that_cannot_be_written_are_one_sentence(script, way, forks, roo
     else:
         out.chmod(0o555)
     there = {str(path) for path in out.rglob("*") if path.is_file()}
-    ended = forks.run(script, *arguments(script, root, output), where=out, obey_permissions=True)
+    ended = forks.run(script, *arguments(script, good_root, output), where=out, obey_permissions=True)
     out.chmod(0o755)
     refused(ended, str(out), allowed=tuple(there))
     assert {str(path) for path in out.rglob("*") if path.is_file()} == there
@@ -109,10 +96,10 @@ def test_outputs_that_cannot_be_written_are_one_sentence(script, way, forks, roo
         for space in SCRIPTS[name].spaces
     ],
 )
-def test_a_full_disk_is_one_sentence_and_leaves_whole_files(script, space, forks, root, tmp_path):
+def test_a_full_disk_is_one_sentence_and_leaves_whole_files(script, space, forks, good_root, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    ended = forks.run(script, *arguments(script, root, out / SCRIPTS[script].output[1]), where=out, space=space)
+    ended = forks.run(script, *arguments(script, good_root, out / SCRIPTS[script].output[1]), where=out, space=space)
     assert ended.full
     refused(ended, str(out), FULL, allowed=tuple(ended.files))
     assert not [path for path in ended.files if ".tmp-" in path or "checkpoint-tmp" in path]
