@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import platform
+import select
 import shutil
 import signal
 import statistics
@@ -122,12 +123,12 @@ def end_stopped(stopped: str, step: int) -> None:
 
 def _stdout_is_gone() -> bool:
     """Whether the reader of stdout has closed it, as `… | head` does. Then what is still buffered goes nowhere."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    poll = select.poll()
+    poll.register(1, select.POLLOUT)
+    gone = any(events & select.POLLERR for _, events in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return gone
 
 
 def keep_freed_memory() -> None:

@@ -68,7 +68,7 @@ def test_a_reader_that_goes_is_no_error():
         (FileExistsError(errno.EEXIST, "File exists", "x"), "x: is a file, and a folder is needed there"),
         (
             MemoryError("Unable to allocate 9 TiB"),
-            "there is not enough memory (Unable to allocate 9 TiB); make batches",
+            "there is not enough memory (Unable to allocate 9 TiB); make",
         ),
         (MemoryError(), "there is not enough memory; make batches"),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"), "there is not enough memory (RES"),
