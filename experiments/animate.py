@@ -31,7 +31,7 @@ from experiments.motions import MOTIONS, TRACKED, check_motion, load_motion
 from experiments.pictures import BACKGROUND, contact_sheet
 from pointillist_jax.cameras import Camera, load_transforms, orbit
 from pointillist_jax.data.captures import load_capture
-from pointillist_jax.files import UserError, atomic_folder
+from pointillist_jax.files import UserError, atomic_folder, require_writable
 from pointillist_jax.flame import FlameModel, FlameParams
 from pointillist_jax.gaussians import load_avatar
 from pointillist_jax.losses import psnr, ssim
@@ -126,7 +126,11 @@ def check_flags(output: Path) -> None:
 
 
 def check_output(output: Path) -> None:
-    """Raises UserError if --output is there and may not be replaced; a folder only if this script wrote all of it."""
+    """Raises UserError if --output is there and may not be replaced; a folder only if this script wrote all of it.
+
+    OSError if it cannot be written: before the film is rendered, not after.
+    """
+    require_writable(output.parent)
     if not output.exists():
         return
     if output.is_dir() and output.suffix:

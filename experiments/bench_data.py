@@ -26,13 +26,14 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments.common import alternate, json_line, run
+from experiments.common import alternate, json_line, run, whole_numbers
 from experiments.random_flame import write_flame
 from pointillist_jax.configs import PRESETS, Config, ModelConfig, preset
 from pointillist_jax.data.streams import BatchIterator
 from pointillist_jax.data.subjects import subject_record
 from pointillist_jax.data.token_store import FLAME_FIELDS, StoreSpec, StoreWriter, SubjectRecord, TokenStore, open_store
 from pointillist_jax.data.windows import window_batches
+from pointillist_jax.files import UserError
 from pointillist_jax.flame import FlameModel, FlameParams, load_flame
 from pointillist_jax.flame.param_files import save_flame_params
 from pointillist_jax.gaussians import Gaussians, save_ply
@@ -52,7 +53,9 @@ CONTEXT = 512  # Tokens of the random context.
 
 
 def main() -> None:
-    windows = [int(window) for window in WINDOWS.value]
+    windows = whole_numbers(WINDOWS)
+    if odd := [window for window in windows if window % 4]:
+        raise UserError(f"--windows={','.join(WINDOWS.value)} must be multiples of 4, which {odd[0]} is not.")
     with tempfile.TemporaryDirectory() as folder:
         store = random_store(Path(folder) / "tokens")
         size = sum(path.stat().st_size for path in store.path.glob("tokens-*"))

@@ -63,11 +63,11 @@ def main() -> None:
             f"--against=torch keeps keys and values in the model's {model.dtype}: leave --cache_dtype="
             f"{CACHE_DTYPE.value} out, or time it without --against."
         )
+    program = loop.Program(make_stepper(model, CACHE_DTYPE.value), model.tokenizer, POINTS.value)
     params = init_params(param_specs(model), jax.random.PRNGKey(SEED.value))
     if model.dtype == "bfloat16":
         params = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 2 else x, params)
     size, device = context_length(model), jax.devices()[0]
-    program = loop.Program(make_stepper(model, CACHE_DTYPE.value), model.tokenizer, POINTS.value)
     weights = loop.make_weights(program.stepper, params)
     rows = []
     for batch in batches:

@@ -2,48 +2,76 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import logging
 import multiprocessing
 import os
 import platform
+import select
 import shutil
+import signal
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import resource_tracker
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import app, flags
 
+from experiments import INTERRUPTED, leave_at_interrupt
 from pointillist_jax.configs import Config
-from pointillist_jax.files import UserError
+from pointillist_jax.files import UserError, require_writable
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses absl flags and runs `main()`. Errors the user can mend become one sentence and exit code 2."""
+    """Parses absl flags and runs `main()`. What ends it early becomes one sentence on stderr and an exit code.
+
+    2 for errors the user can mend, 130 for Ctrl-C; 141 without a word when nobody reads stdout any more.
+    """
 
     def guarded(argv: list[str]) -> None:
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         # absl shows INFO lines; JAX uses one per back end that this machine does not have.
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
-        # Orbax reports every stage of every checkpoint through absl's own logger.
         logging.getLogger("absl").setLevel(logging.WARNING)
+        # Orbax reports every stage of every checkpoint; what fails it also raises.
+        logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
         keep_freed_memory()
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value (see --help).")
             main()
-        except (UserError, OSError) as error:
-            system = isinstance(error, OSError) and error.strerror
-            said = f"{error.filename}: {error.strerror.lower()}; choose another path." if system else error
-            print(f"error: {said}", file=sys.stderr)
-            sys.exit(2)
+            sys.stdout.flush()
+            said, code = "", 0
+        except KeyboardInterrupt:
+            go_on = "; go on with --resume" if "resume" in flags.FLAGS else ""
+            said, code = f"stopped by Ctrl-C{go_on}.", INTERRUPTED
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and _stdout_is_gone():
+                said, code = "", 128 + signal.SIGPIPE
+            elif (sentence := sentence_of(error)) is not None:
+                said, code = f"error: {sentence}", 2
+            else:
+                raise
+        # Here the frames of `main` are gone, and their progress bars have ended their lines.
+        leave_at_interrupt()
+        if said:
+            with contextlib.suppress(BrokenPipeError):
+                print(said, file=sys.stderr)
+        if code:
+            sys.exit(code)
 
     def parse(argv: list[str]) -> list[str]:
         try:
@@ -55,6 +83,52 @@ def run(main: Callable[[], None]) -> None:
     # absl's own parser also serves --help and its kin.
     asks = any(arg.lstrip("-") in ("help", "helpfull", "helpshort", "helpxml", "?") for arg in sys.argv[1:])
     app.run(guarded, **({} if asks else {"flags_parser": parse}))
+
+
+def sentence_of(error: Exception) -> str | None:
+    """What the user has to know of an error; None for a defect of the program, which deserves its traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError) or (_of_xla(error) and "RESOURCE_EXHAUSTED" in str(error)):
+        reason = f" ({str(error).splitlines()[0][:200]})" if str(error) else ""
+        return f"there is not enough memory{reason}; make batches, pictures or clouds smaller."
+    if not isinstance(error, OSError):
+        return None
+    if not error.strerror:  # A sentence of the library's.
+        return str(error)
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    if error.errno == errno.EEXIST:
+        return f"{where}is a file, and a folder is needed there; choose another path."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{where}{error.strerror.lower()}; make space, or write to another disk."
+    return f"{where}{error.strerror.lower()}; choose another path."
+
+
+def _of_xla(error: Exception) -> bool:
+    return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+
+
+def end_stopped(stopped: str, step: int) -> None:
+    """Says that a training was stopped early. The exit code is 130 after Ctrl-C, else 0 (DESIGN §10).
+
+    Args:
+      stopped: what `training.loop.train` returns: the name of a signal, or "preemption".
+      step: that was saved.
+    """
+    by = "Ctrl-C" if stopped == "SIGINT" else stopped
+    print(f"\nstopped by {by} at step {step}; everything is saved: go on with --resume.", flush=True)
+    if stopped == "SIGINT":
+        sys.exit(INTERRUPTED)
+
+
+def _stdout_is_gone() -> bool:
+    """Whether the reader of stdout has closed it, as `… | head` does. Then what is still buffered goes nowhere."""
+    poll = select.poll()
+    poll.register(1, select.POLLOUT)
+    gone = any(events & select.POLLERR for _, events in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return gone
 
 
 def keep_freed_memory() -> None:
@@ -92,8 +166,84 @@ def whole_numbers(flag: flags.FlagHolder, most: int = 10**7) -> list[int]:
     return [int(text) for text in flag.value]
 
 
+@contextlib.contextmanager
+def worker_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of fresh processes (JAX must not be forked) that ends with the block, whatever ends the block.
+
+    An exception in the block, Ctrl-C too, stops the workers where they are: their context managers clean up, so that
+    nothing half-written stays, and none of them says anything. Functions have to be submitted by `submit`.
+    """
+    # Its first start would unblock SIGINT in `submit`.
+    resource_tracker.ensure_running()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _begin_worker) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            _stop_workers()
+            raise
+
+
+def submit(pool: ProcessPoolExecutor, function: Callable[..., Any], *args: Any) -> Future:
+    """`pool.submit` for a `worker_pool`."""
+    # A terminal sends Ctrl-C to all processes. This one stops the workers, which must not hear it: not even while they
+    # start, so they inherit the blocked signal.
+    with _blocked_interrupt():
+        return pool.submit(_work, function, *args)
+
+
+@contextlib.contextmanager
+def manager() -> Iterator[SyncManager]:
+    """A `multiprocessing` manager that Ctrl-C does not reach: it ends with the block."""
+    resource_tracker.ensure_running()
+    with _blocked_interrupt():
+        shared = multiprocessing.get_context("spawn").Manager()
+    with shared:
+        yield shared
+
+
+@contextlib.contextmanager
+def _blocked_interrupt() -> Iterator[None]:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _work(function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    except _Stopped:
+        os._exit(0)  # The pool would go on with the next call.
+
+
+class _Stopped(SystemExit):
+    """Raised in a worker by SIGTERM."""
+
+
+def _begin_worker() -> None:
+    def stop(number: int, frame: Any) -> None:
+        raise _Stopped
+
+    signal.signal(signal.SIGTERM, stop)
+    end_with_parent()
+
+
+def _stop_workers(patience: float = 10.0) -> None:
+    """Ends this process's children; those that do not end within `patience` seconds are killed."""
+    workers = [child for child in multiprocessing.active_children() if child.name.startswith("SpawnProcess")]
+    for worker in workers:
+        worker.terminate()
+    limit = time.monotonic() + patience
+    for worker in workers:
+        worker.join(max(limit - time.monotonic(), 0))
+        worker.kill()
+
+
 def end_with_parent() -> None:
-    """Initialiser of a pool's workers: they die with the process that started them, even by SIGKILL.
+    """In a worker: it dies with the process that started it, even by SIGKILL.
 
     Else a killed run would go on writing behind the back of the one that resumes it.
     """
@@ -129,7 +279,7 @@ def open_workdir(path: str | os.PathLike, made: Sequence[str], *, resume: bool, 
             )
         for entry in (path / name for name in made):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
-    path.mkdir(parents=True, exist_ok=True)
+    require_writable(path)
     return path
 
 

@@ -31,7 +31,7 @@ from experiments.common import json_line, run
 from experiments.config_flags import define_config
 from experiments.media import write_image
 from pointillist_jax.configs import Config
-from pointillist_jax.files import UserError, atomic_path
+from pointillist_jax.files import UserError, atomic_path, require_writable
 from pointillist_jax.models.condition import context_length
 
 CONFIG = define_config("model", "decoder", "train")
@@ -139,6 +139,9 @@ def _checked() -> list[int]:
         raise UserError(f"--length={LENGTH.value} must be a multiple of 4.")
     if not SEEDS.value or not all(seed.isdigit() for seed in SEEDS.value):
         raise UserError(f"--seeds={','.join(SEEDS.value)} must be whole numbers with commas.")
+    if (workdir := Path(WORKDIR.value)).exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; name a folder.")
+    require_writable(workdir)
     return [int(seed) for seed in SEEDS.value]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,8 @@ def define_config(*parts: str, default: str = "tiny") -> Callable[[], Config]:
         chosen = preset(flags.FLAGS["config"].value)
         for path, name in names.items():
             if (value := flags.FLAGS[name].value) is not None:
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise UserError(f"--{name}={value} must be a finite number.")
                 chosen = _replaced(chosen, path.split("."), value)
         return chosen
 

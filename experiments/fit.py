@@ -16,11 +16,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments.common import end_with_parent, run
+from experiments.common import manager, run, submit, worker_pool
 from experiments.config_flags import define_config
 from experiments.heads import DETAILS, choose_head
 from experiments.media import write_image
@@ -189,12 +188,11 @@ def fit_all(jobs: list[Job]) -> list[tuple[str, str]]:
             said[job.name] = fit_job(job, _Progress(bar))
             bar.close()
         return [(name, sentence) for name, sentence in said.items() if sentence]
-    # JAX must not be forked: workers start afresh, and send their progress to the one bar that all share.
-    context = multiprocessing.get_context("spawn")
+    # Workers send their progress to the one bar that all share.
     bar = tqdm(total=sum(job.config.iterations for job in jobs), desc=f"{len(jobs)} fits", unit="it")
-    with context.Manager() as manager, ProcessPoolExecutor(PROCESSES.value, context, end_with_parent) as pool:
-        news = manager.Queue()
-        futures = {pool.submit(fit_job, job, _Messages(job.name, news)): job for job in jobs}
+    with manager() as shared, worker_pool(PROCESSES.value) as pool:
+        news = shared.Queue()
+        futures = {submit(pool, fit_job, job, _Messages(job.name, news)): job for job in jobs}
         at = dict.fromkeys((job.name for job in jobs), 0)
         waiting = set(futures)
         while waiting:

@@ -13,11 +13,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import multiprocessing
 import re
 import shutil
 import time
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments.common import end_with_parent, run
+from experiments.common import run, submit, worker_pool
 from experiments.config_flags import define_config
 from experiments.heads import DETAILS, choose_head
 from experiments.media import write_image
@@ -155,11 +153,10 @@ def make_all(workdir: Path, subjects: list[str], job: Job) -> None:
             make_person(str(workdir), subject, job)
             bar.update()
     else:
-        # JAX must not be forked: workers start afresh.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(PROCESSES.value, len(subjects)), context, end_with_parent) as pool:
+        with worker_pool(min(PROCESSES.value, len(subjects))) as pool:
             try:
-                for _ in pool.map(make_person, *zip(*((str(workdir), s, job) for s in subjects), strict=True)):
+                for made in [submit(pool, make_person, str(workdir), subject, job) for subject in subjects]:
+                    made.result()
                     bar.update()
             except BrokenProcessPool:
                 raise UserError(

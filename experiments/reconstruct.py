@@ -33,7 +33,7 @@ from experiments.trained_decoder import TrainedDecoder, load_decoder
 from pointillist_jax.cameras import orbit
 from pointillist_jax.data.point_features import FeatureSet
 from pointillist_jax.data.token_store import open_store, spec_difference
-from pointillist_jax.files import UserError
+from pointillist_jax.files import UserError, require_writable
 from pointillist_jax.flame import FlameModel, FlameParams
 from pointillist_jax.gaussians import Avatar, save_avatar
 from pointillist_jax.playback import AvatarRenderer
@@ -101,6 +101,7 @@ def check_outputs(workdir: Path, names: Sequence[str]) -> None:
             raise UserError(f"{picture} is the portrait itself and would be replaced; name another --workdir.")
         if not OVERWRITE.value and (found := next((p for p in (bundle, picture) if p.exists()), None)):
             raise UserError(f"{found} exists; give --overwrite to replace it, or another --workdir.")
+    require_writable(workdir)
 
 
 def load_ar_of(decoder: TrainedDecoder) -> TrainedAR:

@@ -9,9 +9,9 @@ Several processes: start the same command once per process with --coordinator=<h
 With frozen encoders (config.model.encoder.frozen, preset `paper`) it reads the features that the script
 experiments.encode_conditions has put into the store.
 
-Writes checkpoints/, metrics.jsonl, tensorboard/, card.json and curve.png. SIGTERM and Ctrl-C save and stop; --resume
-goes on from the newest checkpoint, on the same mesh bit for bit. At the end the loss on held-out subjects stands beside
-two baselines and beside the loss with the conditions of the subjects exchanged.
+Writes checkpoints/, metrics.jsonl, tensorboard/, card.json and curve.png. SIGTERM and Ctrl-C save and stop, with exit
+code 0 and 130; --resume goes on from the newest checkpoint, on the same mesh bit for bit. At the end the loss on
+held-out subjects stands beside two baselines and beside the loss with the conditions of the subjects exchanged.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import jax
 from absl import flags
 
 from experiments.charts import line_chart
-from experiments.common import resume_check, run
+from experiments.common import end_stopped, resume_check, run
 from experiments.config_flags import define_config
 from experiments.heads import named_head
 from experiments.job import MESH, SEED, open_job, start_job
@@ -73,7 +73,7 @@ def main() -> None:
     if jax.process_index():
         return
     if stopped:
-        print(f"\nstopped by {stopped} at step {int(state.step)}; everything is saved: go on with --resume.")
+        end_stopped(stopped, int(state.step))
         return
     if not read_metrics(workdir):
         print(f"\n{workdir} is trained to its last step, but its metrics.jsonl is gone: card.json and curve.png "

@@ -10,7 +10,8 @@ ones are held out as in stage one. `--compare=all` trains the method and its abl
 their own, and prints one table; --resume goes on with the one that was stopped. Several processes: as `train_ar`.
 
 Writes checkpoints/, metrics.jsonl, tensorboard/, strips/ (renders above photographs), curve.png and card.json. SIGTERM
-and Ctrl-C save and stop; --resume goes on from the newest checkpoint, on the same mesh bit for bit.
+and Ctrl-C save and stop, with exit code 0 and 130; --resume goes on from the newest checkpoint, on the same mesh bit
+for bit.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import numpy as np
 from absl import flags
 
 from experiments.charts import line_chart
-from experiments.common import refuse_flags, resume_check, run
+from experiments.common import end_stopped, refuse_flags, resume_check, run
 from experiments.config_flags import define_config
 from experiments.heads import named_head
 from experiments.job import MESH, SEED, open_job, start_job
@@ -128,7 +129,7 @@ def main() -> None:
         if stopped:
             if not jax.process_index():
                 print_table(table, data)
-                print(f"\nstopped by {stopped} at step {int(state.step)}; everything is saved: go on with --resume.")
+                end_stopped(stopped, int(state.step))
             return
         if not jax.process_index():
             table[name or "model"] = summarize(workdir / name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,6 @@ def load_ar(workdir: str | None, step: int | None = None, flame: str | None = No
     if workdir is None:
         raise UserError("--ar is missing: name the workdir of a training (python -m experiments.train_ar).")
     workdir = trained_path(workdir, "ar")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of metadata that its own writer left out.
     params, meta = load_params(workdir, step)
     step = newest_step(workdir) if step is None else step
     where = str(workdir)

@@ -47,6 +47,9 @@ class IdentityConfig:
     shape_spread: float = 0.7
     canonical_jaw: float = 0.3
 
+    def __post_init__(self):
+        _at_least(self, "identities", density=1e-3, shape_spread=0)
+
 
 @dataclasses.dataclass(frozen=True)
 class FitConfig:
@@ -160,6 +163,10 @@ class DataConfig:
     num_workers: int = 0
     num_threads: int = 2
     prefetch: int = 4
+
+    def __post_init__(self):
+        low = {"bins": 2, "portrait_size": 1, "subjects_per_shard": 1, "stride": 0, "held_out": 0}
+        _at_least(self, "data", **low, num_workers=0, num_threads=0, prefetch=0)
 
 
 @dataclasses.dataclass(frozen=True)

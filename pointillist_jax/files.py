@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -38,24 +39,65 @@ class UnsafeFileError(FileFormatError):
     """A file that asks for code to be run. Nothing of it was executed."""
 
 
+class WriteError(UserError):
+    """An output that could not be written.
+
+    Args:
+      path: of it.
+      reason: what the writer said, an exception or its words. For writers that raise no OSError.
+    """
+
+    def __init__(self, path: str | os.PathLike, reason: Exception | str):
+        said = (getattr(reason, "strerror", None) or str(reason)).strip() or type(reason).__name__
+        # What an operating system says of a full disk stands somewhere in what TensorStore says.
+        full = os.strerror(errno.ENOSPC)
+        said = full if full in said else said.splitlines()[0][:300]
+        super().__init__(f"{path} could not be written ({said}): make space, or write to another disk.")
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path` that is renamed to `path` when the block ends without an exception.
 
     A kill at any moment leaves either the old file or the new one under the final name, never half of one. The
     temporary name keeps the final suffix, because image and video writers choose their format by it.
+
+    Raises:
+      OSError: names `path`, also where the system names no file (a full disk) or the temporary one.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.tmp-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    path, temporary = Path(path), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.tmp-", suffix=path.suffix)
+        temporary = Path(name)
+        os.close(handle)
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes 0600 files; outputs follow the user's umask instead.
         os.replace(temporary, path)
+    except OSError as error:
+        _name(error, path, path.stem)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Around writing to an open file: lets an OSError name it, which the system does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def _name(error: OSError, path: Path, stem: str) -> None:
+    """Lets an error name the file that the user knows of, not a temporary one nor none at all."""
+    named = "" if error.filename is None else str(error.filename)
+    if error.errno is not None and (not named or named.startswith(str(path.with_name(f".{stem}.tmp-")))):
+        error.filename, error.filename2 = str(path), None
 
 
 @contextlib.contextmanager
@@ -64,12 +106,15 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 
     Folders cannot be exchanged in one step: a kill between the two renames leaves the old folder under a hidden name
     beside the new one, never half of either. Any other failure puts the old one back.
+
+    Raises:
+      OSError: as `atomic_path`.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
-    old = new.with_name(new.name + "-old")
+    path, new = Path(path), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
+        old = new.with_name(new.name + "-old")
         yield new
         new.chmod(0o777 & ~_umask())
         if path.exists():
@@ -81,8 +126,28 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
                 os.replace(old, path)
             raise
         shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        _name(error, path, path.name)
+        raise
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        if new is not None:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def require_writable(folder: str | os.PathLike) -> None:
+    """Makes the folder if it is not there. To be called before the work whose results go there.
+
+    Raises:
+      OSError: names the folder, if no file can be made in it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        error.filename = str(folder)
+        raise
 
 
 def read_json(path: str | os.PathLike, what: str, max_bytes: int = 256 << 20) -> dict[str, Any]:

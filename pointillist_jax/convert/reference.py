@@ -20,7 +20,7 @@ import numpy as np
 from pointillist_jax.configs import DecoderConfig, ModelConfig
 from pointillist_jax.convert.state_dicts import check_state, require_mapping
 from pointillist_jax.convert.torch_files import as_numpy
-from pointillist_jax.files import FileFormatError, UserError, atomic_path, require_file
+from pointillist_jax.files import FileFormatError, UserError, WriteError, atomic_path, require_file
 from pointillist_jax.models import ar, condition, gaussian_decoder
 from pointillist_jax.models.layers import ParamSpec
 
@@ -95,7 +95,10 @@ def save_reference(path: str | os.PathLike, state: Mapping[str, np.ndarray], met
     # "pt" is what other programs look for before they read the tensors into torch.
     text = json.dumps({"version": VERSION, **metadata})
     with atomic_path(path) as temporary:
-        save_file(dict(state), temporary, {"format": "pt", METADATA: text})
+        try:
+            save_file(dict(state), temporary, {"format": "pt", METADATA: text})
+        except Exception as error:  # Of the Rust writer, whatever the system said.
+            raise WriteError(path, error) from None
 
 
 def load_metadata(path: str | os.PathLike) -> dict[str, Any]:

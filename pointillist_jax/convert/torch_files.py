@@ -112,9 +112,9 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
                 f"{path} holds more than tensors ({name}), which could run code; nothing was executed: if you trust "
                 "it, open it where that does no harm and save its state_dict alone."
             ) from None
-        raise FileFormatError(
-            f"{path} is damaged or no PyTorch checkpoint ({_reason(error)}); copy it again."
-        ) from None
+        # What torch advises when it cannot unpickle is to load the file unsafely.
+        reason = "no pickle of tensors" if isinstance(error, pickle.UnpicklingError) else _reason(error)
+        raise FileFormatError(f"{path} is damaged or no PyTorch checkpoint ({reason}); copy it again.") from None
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]

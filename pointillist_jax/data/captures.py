@@ -376,7 +376,9 @@ def _make_split(
     cache: ImageCache,
 ) -> CaptureSplit:
     file_sizes = np.array([(f.camera.width, f.camera.height) for f in frames], np.int32).reshape(-1, 2)
-    sizes = np.maximum(file_sizes // downscale, 1) if resize is None else np.full_like(file_sizes, resize)
+    if resize is None and len(file_sizes) and (smallest := int(file_sizes.min())) < downscale:
+        raise UserError(f"downscale={downscale} leaves nothing of pictures whose side is {smallest} pixels.")
+    sizes = file_sizes // downscale if resize is None else np.full_like(file_sizes, resize)
     factor = np.concatenate([sizes / file_sizes, np.ones((len(frames), 1))], axis=1)[:, :, None]
     return CaptureSplit(
         name=name,

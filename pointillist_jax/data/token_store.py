@@ -28,6 +28,7 @@ from pointillist_jax.data.template_space import SPACES
 from pointillist_jax.files import (
     FileFormatError,
     UserError,
+    WriteError,
     atomic_path,
     file_sha256,
     read_json,
@@ -332,10 +333,9 @@ class StoreWriter:
             raise UserError(f"{bad[0]!r} cannot be a subject's name: no slashes, no leading dot, 1 to 200 letters.")
         shard = f"tokens-{len(self._meta['shards']):05d}.array_record"
         with atomic_path(self.path / shard) as temporary:
-            writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
-            entries = []
+            packed, entries = [], []
             for i, record in enumerate(records):
-                writer.write(_pack(record))
+                packed.append(_pack(record))
                 entries.append(
                     {
                         "name": record.name,
@@ -347,7 +347,13 @@ class StoreWriter:
                         "record": i,
                     }
                 )
-            writer.close()
+            try:
+                writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+                for data in packed:
+                    writer.write(data)
+                writer.close()
+            except RuntimeError as error:  # Of the C++ writer.
+                raise WriteError(self.path / shard, error) from None
         path = self.path / shard
         self._meta["shards"].append(
             {"file": shard, "num_records": len(records), "bytes": path.stat().st_size, "sha256": file_sha256(path)}

@@ -9,9 +9,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from pointillist_jax.files import FileFormatError, UserError, atomic_folder
+from pointillist_jax.files import FileFormatError, UserError, WriteError, atomic_folder
 from pointillist_jax.training.state import TrainState
 from pointillist_jax.training.weights import load_weights
 
@@ -47,9 +50,21 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def __exit__(self, _type, error: BaseException | None, _traceback) -> None:
+        failed = isinstance(error, WriteError)
+        try:
+            with _writing(self.folder):
+                try:
+                    self._manager.wait_until_finished()
+                finally:
+                    self._manager.close()
+        except WriteError:
+            failed = True
+            raise
+        finally:
+            if failed and jax.process_index() == 0:
+                for rest in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(rest, ignore_errors=True)
 
     @property
     def steps(self) -> list[int]:
@@ -63,11 +78,14 @@ class Checkpoints:
 
         Raises:
           UserError: there is a checkpoint of this step or of a later one.
+          WriteError: this one or the one before cannot be written.
         """
         step = int(state.step)
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         items |= {"data": ocp.args.JsonSave(data.get_state()), "meta": ocp.args.JsonSave(meta)}
-        if not self._manager.save(step, args=ocp.args.Composite(**items)):
+        with _writing(self.folder):
+            saved = self._manager.save(step, args=ocp.args.Composite(**items))
+        if not saved:
             raise UserError(
                 f"step {step} is not saved: {self.folder} has a checkpoint of step {self.steps[-1]} already; "
                 "remove what is newer than this run, or give the run a folder of its own."
@@ -78,8 +96,9 @@ class Checkpoints:
         return jax.process_count() > 1 and self._manager.reached_preemption(step)
 
     def wait(self) -> None:
-        """Returns when everything is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything is on disk. Raises WriteError if it cannot be written."""
+        with _writing(self.folder):
+            self._manager.wait_until_finished()
 
     def restore(
         self, abstract: TrainState, data: Any, check: Callable[[dict[str, Any]], None] | None = None
@@ -188,11 +207,12 @@ def save_params(
 
     Raises:
       UserError: there are checkpoints, and `overwrite` is off.
+      WriteError: the disk is full, or the folder cannot be written.
     """
     folder, steps = _steps_in(workdir)
     if steps and not overwrite:
         raise UserError(f"{folder} has checkpoints; replace them with --overwrite, or name another folder.")
-    with atomic_folder(folder) as temporary:
+    with _writing(folder), atomic_folder(folder) as temporary:
         # Orbax writes to absolute paths only.
         target = temporary.resolve() / str(step)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
@@ -216,6 +236,18 @@ def model_kind(meta: Mapping[str, Any], where: str | os.PathLike) -> str:
 
 def _is_weights(path: str | os.PathLike) -> bool:
     return os.fspath(path).endswith(".npz")
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turns what Orbax and TensorStore raise for full and read-only disks into WriteError."""
+    try:
+        yield
+    except Exception as error:
+        # TensorStore raises ValueError with the name of a status: "RESOURCE_EXHAUSTED: Error writing …".
+        if isinstance(error, OSError) or (isinstance(error, ValueError) and re.match(r"[A-Z_]{4,}: ", str(error))):
+            raise WriteError(folder, error) from None
+        raise
 
 
 def _steps_in(workdir: str | os.PathLike) -> tuple[Path, list[int]]:

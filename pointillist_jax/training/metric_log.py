@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
-from pointillist_jax.files import atomic_path
+from pointillist_jax.files import atomic_path, naming
 
 
 class MetricLog:
@@ -38,7 +41,7 @@ class MetricLog:
             with atomic_path(path) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             self._file = path.open("a")
-            self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+            self._board = _Board(workdir / "tensorboard", purge_step=start + 1)
         self._bar = tqdm(total=steps, initial=start, unit="step", disable=not bar or self._file is None)
 
     def __enter__(self) -> MetricLog:
@@ -47,7 +50,8 @@ class MetricLog:
     def __exit__(self, *_) -> None:
         self._bar.close()
         if self._file:
-            self._file.close()
+            with naming(self._file.name):
+                self._file.close()
             self._board.close()
 
     def advance(self) -> None:
@@ -61,12 +65,38 @@ class MetricLog:
         if self._file is None:
             return
         # NaN and infinity are no JSON numbers.
-        self._file.write(
-            json.dumps({"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}) + "\n"
-        )
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        line = json.dumps({"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()})
+        with naming(self._file.name):
+            self._file.write(line + "\n")
+            self._file.flush()
+        self._board.write(step, values)
+
+
+class _Board:
+    """Scalars for TensorBoard. SummaryWriter writes from a thread, which tells nobody when the disk is full."""
+
+    def __init__(self, folder: Path, purge_step: int):
+        self._folder = folder
+        with naming(folder):
+            folder.mkdir(exist_ok=True)
+            self._writer = EventsWriter(str(folder / "events"))
+            # TensorBoard then forgets what a killed run wrote from this step on.
+            begin = Event(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+            self._write(begin)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        with naming(self._folder):
+            for name, value in values.items():
+                self._write(Event(step=step, summary=scalar(name, value)))
+            self._writer.flush()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
+
+    def close(self) -> None:
+        with naming(self._folder):
+            self._writer.close()
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:

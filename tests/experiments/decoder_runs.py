@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import flax.linen as nn
 import imageio.v3 as iio
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pointillist_jax.cameras import orbit
+from pointillist_jax.configs import DecoderConfig
 from pointillist_jax.data.capture_writer import write_capture
+from pointillist_jax.data.point_features import FeatureSet
 from pointillist_jax.flame import open_head
 from pointillist_jax.flame.param_files import save_flame_params
+from pointillist_jax.training.checkpoints import Checkpoints
+from pointillist_jax.training.decoder import init_params
+from pointillist_jax.training.state import TrainState
 from tests.experiments.small_ar import start, write_ar, write_people
 
 SIZE, PEOPLE = 32, 4
@@ -26,6 +34,23 @@ SETTINGS = {
 def small(**changes) -> list[str]:
     """Flags of a decoder that trains in seconds."""
     return [f"--config.decoder.{name}={value}" for name, value in (SETTINGS | changes).items()]
+
+
+def write_decoder(workdir: Path, features: FeatureSet) -> None:
+    """A checkpoint as `experiments.train_decoder` leaves it, of step 7, with random parameters."""
+
+    class Stream:
+        def get_state(self):
+            return {}
+
+    changes = {name: value for name, value in SETTINGS.items() if not name.startswith("train.")}
+    config = dataclasses.replace(DecoderConfig(), **changes)
+    config = config.for_features(features.spec.store.tokenizer, features.spec.width)
+    params = nn.unbox(jax.jit(init_params(config))(jax.random.PRNGKey(0)))
+    state = TrainState(jnp.asarray(7), params, {"none": jnp.zeros(1)}, None, jax.random.PRNGKey(0))
+    meta = {"config": {"decoder": dataclasses.asdict(config)}, "features": features.spec.to_json(), "seed": 0}
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(state, Stream(), meta | {"capacity": 1})
 
 
 def write_everything(root: Path) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
 
-from experiments.common import end_with_parent
+from experiments.common import submit, worker_pool
 
 if __name__ == "__main__":
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, end_with_parent) as pool:
-        print(pool.submit(os.getpid).result(), flush=True)
-        pool.submit(time.sleep, 600).result()
+    with worker_pool(1) as pool:
+        print(submit(pool, os.getpid).result(), flush=True)
+        submit(pool, time.sleep, 600).result()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 import experiments
-from experiments.common import open_shared_workdir, open_workdir
+from experiments.common import open_shared_workdir, open_workdir, sentence_of
 from pointillist_jax.files import UserError
 
 MADE = ("x", "folder", "missing")
@@ -41,6 +43,42 @@ def test_workers_die_with_a_killed_parent():
         time.sleep(0.1)
     os.kill(worker, 9)
     raise AssertionError("the worker went on after its parent was killed")
+
+
+def test_a_reader_that_goes_is_no_error():
+    """As `… | head -1` does."""
+    program = "from experiments.common import run\nrun(lambda: [print('line', i) for i in range(10**6)])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "line 0\n"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (UserError("that is wrong."), "that is wrong."),
+        (FileNotFoundError("x does not exist; check the path."), "x does not exist; check the path."),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), "x: no space left on device; make space, or write to"),
+        (OSError(errno.EROFS, "Read-only file system", "x"), "x: read-only file system; choose another path."),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "x: permission denied; choose another path."),
+        (FileExistsError(errno.EEXIST, "File exists", "x"), "x: is a file, and a folder is needed there"),
+        (
+            MemoryError("Unable to allocate 9 TiB"),
+            "there is not enough memory (Unable to allocate 9 TiB); make",
+        ),
+        (MemoryError(), "there is not enough memory; make batches"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"), "there is not enough memory (RES"),
+        (jax.errors.JaxRuntimeError("INTERNAL: a defect"), None),
+        (ValueError("a defect"), None),
+    ],
+)
+def test_errors_as_sentences(error, sentence):
+    found = sentence_of(error)
+    assert found is None if sentence is None else found.startswith(sentence)
 
 
 def test_a_folder_that_holds_something_needs_a_word(tmp_path):

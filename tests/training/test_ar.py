@@ -97,13 +97,15 @@ def test_z_loss_is_part_of_the_loss_and_not_of_the_likelihood(runs):
         assert 0.3 < line["loss"] - line["nll"] < 1
 
 
-def test_sigterm_saves_and_exits_0(people, cache, tmp_path):
+@pytest.mark.parametrize(("number", "name", "code"), [(signal.SIGTERM, "SIGTERM", 0), (signal.SIGINT, "Ctrl-C", 130)])
+def test_signals_save_and_end_the_run(people, cache, tmp_path, number, name, code):
     run = command(people, tmp_path, changed(steps=1_000_000, checkpoint_every=1_000_000))
     process = start(run, cache)
     assert wait_for(lambda: 3 in losses(tmp_path), process), finish(process)
-    process.send_signal(signal.SIGTERM)
-    said = finish(process)
-    assert "stopped by SIGTERM" in said
+    process.send_signal(number)
+    said = finish(process, code)
+    assert f"stopped by {name} at step" in said
+    assert "Traceback" not in said
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps == [list(losses(tmp_path))[-1]]
 
