@@ -4,7 +4,7 @@
 
 Everything is computed, nothing is run: numbers of parameters and of bytes kept for the backward pass from shapes
 alone, FLOPs by `pointillist_jax/flops.py`, peaks from datasheets. docs/gpu_and_clusters.md shows the output;
-`experiments.bench_train` measures the same on the device at hand.
+`experiments.bench_train` and `experiments.bench_decode` measure the same on the device at hand.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class Needs:
         along; `encoders` are those that are frozen, whose features are made beforehand.
       kept: bytes that the backward pass of one more window needs (residuals, by their shapes).
       tokens: of a window. window_flops: forward and backward of one.
+      decode_bytes: read from memory for every token (or point) that one person's generation emits, once a window is
+        behind it: all weights, and the keys and values of window and context, in the dtype of the computation.
       batch, steps: of the preset's training.
     """
 
@@ -57,6 +59,7 @@ class Needs:
     kept: int
     tokens: int
     window_flops: float
+    decode_bytes: int
     batch: int
     steps: int
 
@@ -93,6 +96,7 @@ def needs_of(config: Config) -> Needs:
         kept=residual_bytes(model, 2) - residual_bytes(model, 1),
         tokens=model.window_tokens,
         window_flops=training_flops(transformer_flops(model, context_length(model))),
+        decode_bytes=decode_bytes(model),
         batch=config.train.batch_size,
         steps=config.train.steps,
     )
@@ -101,6 +105,12 @@ def needs_of(config: Config) -> Needs:
 def count(specs: Any) -> int:
     """Parameters of a tree of `layers.ParamSpec`s."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(specs, is_leaf=lambda x: hasattr(x, "init")))
+
+
+def decode_bytes(model: ModelConfig) -> int:
+    """Bytes that a step of generation reads at batch 1."""
+    cached = model.layers * (model.window + context_length(model)) * 2 * model.num_kv_heads * model.head_dim
+    return (count(param_specs(model)) + cached) * jnp.dtype(model.dtype).itemsize
 
 
 def residual_bytes(model: ModelConfig, windows: int) -> int:
@@ -137,15 +147,16 @@ def size_table(needs: dict[str, Needs]) -> str:
 
 
 def time_table(needs: dict[str, Needs], devices: Sequence[str], utilisation: float) -> str:
-    """Markdown: hours of stage one on one device, computed from its peak."""
-    rows = [["device", "bf16 peak, TFLOP/s", *(f"`{name}`, tokens/s | `{name}`, hours" for name in needs)]]
-    rows[0] = [cell for text in rows[0] for cell in text.split(" | ")]
+    """Markdown: stage one, and generation, on one device; computed from its peaks."""
+    heads = ("tokens/s in training", "hours of stage one", "tokens/s generating, at most")
+    rows = [["device, computed", "bf16 peak", *(f"`{name}`: {head}" for name in needs for head in heads)]]
     for device in devices:
-        peak = PEAKS[device].flops
-        row = [f"{device} (computed, {utilisation:.0%} of peak)", f"{peak / 1e12:,.0f}"]
+        peak = PEAKS[device]
+        row = [f"{device}, {utilisation:.0%} of peak", f"{peak.flops / 1e12:,.0f} TFLOP/s"]
         for need in needs.values():
-            rate = need.tokens * utilisation * peak / need.window_flops
-            row += [f"{float(f'{rate:.2g}'):,.0f}", figures(need.hours(utilisation * peak))]
+            rate = need.tokens * utilisation * peak.flops / need.window_flops
+            hours = figures(need.hours(utilisation * peak.flops))
+            row += [two_figures(rate), hours, two_figures(peak.bandwidth / need.decode_bytes)]
         rows.append(row)
     return table(rows)
 
@@ -161,6 +172,10 @@ def millions(number: int) -> str:
 
 def size(number: float) -> str:
     return f"{figures(number / 2**30)} GiB" if number >= 2**30 else f"{figures(number / 2**20)} MiB"
+
+
+def two_figures(number: float) -> str:
+    return f"{float(f'{number:.2g}'):,.0f}"
 
 
 def figures(number: float) -> str:

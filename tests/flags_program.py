@@ -48,11 +48,11 @@ def fresh_import(script: str) -> Any:
     """The script's module, alone with its flags: scripts define flags of the same names."""
     for name in [name for name in sys.modules if name.startswith("experiments.")]:
         del sys.modules[name]
-    for name in flags.FLAGS.flags_by_module_dict():
-        if str(name).startswith("experiments."):
-            for flag in flags.FLAGS.flags_by_module_dict()[name]:
-                if flag.name in flags.FLAGS:
-                    delattr(flags.FLAGS, flag.name)
+    defined = {name: list(theirs) for name, theirs in flags.FLAGS.flags_by_module_dict().items()}
+    for name, theirs in defined.items():
+        if name.startswith("experiments."):
+            for flag in theirs:
+                delattr(flags.FLAGS, flag.name)
     flags.FLAGS.unparse_flags()
     return importlib.import_module(f"experiments.{script}")
 

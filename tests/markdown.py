@@ -84,8 +84,8 @@ def commands(text: str, where: str) -> Iterator[Command]:
 
 
 def inline_commands(path: Path) -> Iterator[Command]:
-    """`python -m experiments.…` in the running text and its tables; arguments with an ellipsis are left out."""
-    for span in re.findall(r"`(python -m [^`]+)`", prose(path)):
+    """`python -m …` in the running text and its tables; arguments with an ellipsis are left out, `<name>`s too."""
+    for span in re.findall(r"`(python -m [^`<]+)`", prose(path)):
         for command in commands(" ".join(span.split()), f"{path.name}: {span[:60]}"):
             kept = tuple(argument for argument in command.arguments if "…" not in argument)
             yield command._replace(arguments=kept)
