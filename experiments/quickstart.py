@@ -182,7 +182,7 @@ def sheet_and_video(workdir: Path, avatar: Avatar, head: FlameModel) -> None:
     """talking.mp4, sheet.png and frame.ply."""
     frames, size = video_size()
     motion = turn_and_talk(head, frames)
-    camera = orbit(1, width=size, height=size, distance=1.2, target=(0.0, -0.03, -0.04), azimuth=(0.0, 0.0))
+    camera = orbit(1, width=size, height=size, distance=0.95, target=(0.0, -0.03, -0.04), azimuth=(0.0, 0.0))
     renderer = AvatarRenderer(avatar, head, size, size, background=BACKGROUND)
     film = list(tqdm(renderer.play(motion, camera), total=frames, desc="frames", unit="frame"))
     write_video(workdir / "talking.mp4", film)

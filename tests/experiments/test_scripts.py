@@ -7,16 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import imageio.v3 as iio
-import numpy as np
 import pytest
 
 import experiments
 from experiments.common import alternate
-from pointillist_jax.data.fits import load_fit
-from pointillist_jax.data.token_store import open_store
-from pointillist_jax.flame import open_head
-from pointillist_jax.gaussians import load_avatar, load_ply
 
 ROOT = Path(experiments.__file__).parent.parent
 
@@ -25,42 +19,16 @@ def start(*command: str, timeout: float = 1200) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
-@pytest.mark.slow
-def test_quickstart_writes_what_it_names(tmp_path):
-    done = start("-m", "experiments.quickstart", "--smoke", f"--workdir={tmp_path}", timeout=3000)
-    assert done.returncode == 0, done.stderr
-    named = ("head.png", "people/gallery.png", "fits/", "tokens/", "ar/", "clouds/clouds.png", "decoder/",
-             "from_portrait.mp4", "splats.png", "talking.mp4", "frame.ply")  # fmt: skip
-    assert all(name in done.stdout for name in (*named, str(tmp_path)))
-    for name in (*named, "people/person_0001/truth/", "ar/curve.png", "fits/person_0001/report.png"):
-        assert (tmp_path / name).exists()
-    head = iio.imread(tmp_path / "head.png")
-    assert head.ndim == 3
-    assert head.std() > 20
-    portrait = load_avatar(tmp_path / "avatars" / "portrait")
-    assert 0 < portrait.gaussians.num_gaussians <= 32
-    assert iio.imread(tmp_path / "from_portrait.mp4", plugin="FFMPEG").shape == (8, 96, 96, 3)
-    video = iio.imread(tmp_path / "talking.mp4", plugin="FFMPEG")
-    assert video.shape == (8, 96, 96, 3)
-    assert np.abs(np.diff(video.astype(int), axis=0)).max(axis=(1, 2, 3)).min() > 30  # Every frame moves.
-    model = open_head("coarse")
-    fit = load_fit(tmp_path / "fits/person_0001", model)
-    avatar = load_avatar(tmp_path / "avatar")
-    np.testing.assert_array_equal(fit.gaussians.binding, avatar.rig.binding)
-    frame = load_ply(tmp_path / "frame.ply")
-    assert frame.num_gaussians == avatar.gaussians.num_gaussians >= model.num_faces
-    assert np.abs(np.asarray(frame.means - avatar.gaussians.means)).max() > 0.01
-    store = open_store(tmp_path / "tokens", flame_sha256=model.sha256)
-    assert store.subjects == ("person_0000", "person_0001", "person_0002")
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--flame=nowhere.pkl",), "nowhere.pkl does not exist"),
+        (("--train", "--flame=nowhere.pkl"), "nowhere.pkl does not exist"),
+        (("--flame=nowhere.npz",), "--flame does nothing without --portrait"),
+        (("--portrait=nowhere.jpg",), "nowhere.jpg does not exist"),
         (("--workdir=README.md",), "is a file"),
         (("extra",), "unexpected argument 'extra'"),
-        (("--people=abc",), "people=abc"),
+        (("--people=4",), "--people does nothing without --train"),
+        (("--train", "--people=abc"), "people=abc"),
         (("--nope=1",), "nope"),
         (("--workdir=README.md/sub",), "choose another path"),
     ],
