@@ -128,7 +128,7 @@ def main() -> None:
         state, stopped = train_decoder(data, chosen, workdir / name, seed=SEED.value, mesh=MESH.value)
         if stopped:
             if not jax.process_index():
-                print_table(table, data)
+                print_table(table, data, config.decoder.eval_people)
                 end_stopped(stopped, int(state.step))
             return
         if not jax.process_index():
@@ -138,7 +138,7 @@ def main() -> None:
                     path.write_text(json.dumps(table, indent=1) + "\n")
     if jax.process_index():
         return
-    print_table(table, data)
+    print_table(table, data, config.decoder.eval_people)
     where = f"{workdir}/<variant>" if COMPARE.value else workdir
     print(f"\ndone in {time.perf_counter() - start:.0f} s; everything lies in {where}/:")
     print("  checkpoints/<step>/  params (for reconstruction), state (for --resume)")
@@ -251,7 +251,8 @@ def train_decoder(
     stream = iter(subject_batches(source, run_.batch_size, prefetch=config.data.prefetch, **loading))
     width, height = data.size
 
-    held_back = {"views": (data.training, "val"), "expressions": (data.training, "test")}
+    scored = data.training[: settings.eval_people or None]
+    held_back = {"views": (scored, "val"), "expressions": (scored, "test")}
     held_back |= {"people": (data.held_out, "val"), "people_expressions": (data.held_out, "test")}
 
     def streams(limit: int) -> dict[str, Any]:
@@ -403,12 +404,13 @@ def summarize(workdir: Path) -> dict[str, float]:
     return json.loads((workdir / "card.json").read_text())["scores"]
 
 
-def print_table(table: dict[str, dict[str, float]], data: Data) -> None:
+def print_table(table: dict[str, dict[str, float]], data: Data, scored: int = 0) -> None:
     """PSNR and SSIM of every variant on every kind of held-out view; nothing for none."""
     if not table:
         return
     streams = [name for name in STREAMS if any(f"{name}_psnr" in scores for scores in table.values())]
-    print(f"\n{len(data.training)} training people, {len(data.held_out)} unseen; PSNR in dB / SSIM (zero padding);")
+    people = f"{len(data.training)} training people" + (f" ({scored} scored)" if scored else "")
+    print(f"\n{people}, {len(data.held_out)} unseen; PSNR in dB / SSIM (zero padding);")
     drawn = data.features.spec.source == "sampled"
     print("points drawn from the portraits:" if drawn else "points of the fits themselves, unseen people's too:")
     print(f"  {'':<16}" + "".join(f"{name:>20}" for name in streams))

@@ -368,6 +368,7 @@ class DecoderConfig:
       lambda_l1, lambda_ssim, lambda_lpips, lambda_reg: weights of the loss; reg is the mean squared offset.
       max_points: larger clouds are an error; 0 takes the largest of the feature set.
       eval_views: of each split, in evaluations during training; the final table takes all.
+      eval_people: of the training people, the first so many are scored, by both; 0 is all of them.
       train: the runtime.
     """
 
@@ -402,6 +403,7 @@ class DecoderConfig:
     lambda_reg: float = 0.1
     max_points: int = 0
     eval_views: int = 8
+    eval_people: int = 0
     train: TrainConfig = TrainConfig(
         steps=12_500, warmup_steps=100, weight_decay=0.0, b2=0.999, log_every=10, eval_every=500, checkpoint_every=500
     )
@@ -421,7 +423,7 @@ class DecoderConfig:
             )
         positive = ("width", "heads", "head_dim", "mlp_width", "octaves", "views", "eval_views", "feature_width")
         _at_least(self, "decoder", **dict.fromkeys((*positive, "context_width", "attention_block"), 1))
-        _at_least(self, "decoder", layers=0, max_points=0)
+        _at_least(self, "decoder", layers=0, max_points=0, eval_people=0)
         if self.context_colors and not self.cross_attention:
             raise UserError("decoder.context_colors needs decoder.cross_attention: colours are part of the context.")
         if not (0 < self.initial_opacity < 1 and self.max_scale > 1e-5 and self.max_offset >= 0):
@@ -560,6 +562,7 @@ _LAPTOP_DECODER = DecoderConfig(
     context_colors=True,
     width=96,
     mlp_width=288,
+    eval_people=8,
     train=TrainConfig(
         steps=2600,
         batch_size=1,
