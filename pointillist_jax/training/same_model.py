@@ -10,9 +10,9 @@ from pointillist_jax.configs import Config, config_from_json
 from pointillist_jax.files import UserError
 
 # Of a model: without influence on its function, or on the training of it.
-_FREE = ("attention", "attention_block", "scan_layers", "remat", "max_points", "eval_views", "train")
+_FREE = ("attention", "attention_block", "scan_layers", "remat", "max_points", "eval_views", "eval_people", "train")
 # Set by the data, not by flags.
-_FROM_DATA = ("num_faces", "bins", "lower", "upper", "feature_width", "context_width")
+_FROM_DATA = ("num_faces", "bins", "lower", "upper", "space", "feature_width", "context_width", "context_tokens")
 
 
 def check_same_model(meta: Mapping[str, Any], config: Config, part: str, where: str) -> str:
