@@ -9,6 +9,8 @@ decoder.npz, example/ and scores.json. About two hours on two cores; the log of 
 experiments/LOG.md.
 
 The features are made with the weights as they are written, so that the decoder has seen exactly what others will load.
+The decoder first learns on the people's true points, then on points drawn from their portraits (paper), where it learns
+to trust the portrait more than the cloud.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ SMOKE = flags.DEFINE_boolean("smoke", False, "The smallest setting, which shows 
 RESUME = flags.DEFINE_boolean("resume", False, "Go on with the run in --workdir.")
 OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Delete the run in --workdir first.")
 
-OUTPUTS = ("people", "tokens", "ar", "features", "decoder", "evaluation", "weights")
+OUTPUTS = ("people", "tokens", "ar", "features", "sampled", "decoder_first", "decoder", "evaluation", "weights")
 # Of a capture, what the example keeps.
 _EXAMPLE = ("images", "fg_masks", "flame_param", "canonical_flame_param.npz", "transforms.json",
             "transforms_train.json", "transforms_val.json", "transforms_test.json", "portrait.png",
@@ -44,7 +46,7 @@ _EXAMPLE = ("images", "fg_masks", "flame_param", "canonical_flame_param.npz", "t
 def main() -> None:
     start = time.perf_counter()
     workdir = open_workdir(WORKDIR.value, OUTPUTS, resume=RESUME.value, overwrite=OVERWRITE.value)
-    stages, weights, smoke = Stages(7), workdir / "weights", SMOKE.value
+    stages, weights, smoke = Stages(8), workdir / "weights", SMOKE.value
     preset = "--config=laptop"
     with stages.stage(f"{NUM.value} synthetic people, and captures of them"):
         size, portrait = (32, 112) if smoke else (96, 112)
@@ -61,21 +63,28 @@ def main() -> None:
                    *config_flags(small), *resumed(workdir / "ar"))  # fmt: skip
         params, meta = load_params(workdir / "ar")
         save_weights(weights / "ar.npz", params, meta, newest_step(workdir / "ar"))
-    with stages.stage("hidden states at the points of everyone"):
-        run_script("extract_features", f"--ar={weights}/ar.npz", f"--store={workdir}/tokens",
-                   f"--workdir={workdir}/features", "--batch=4", "--resume")  # fmt: skip
-    with stages.stage("stage two: the decoder"):
-        small = {"decoder.layers": 1, "decoder.train.steps": 2} if smoke else {}
-        run_script("train_decoder", preset, f"--features={workdir}/features", f"--captures={workdir}/people",
-                   f"--ar={weights}/ar.npz", f"--store={workdir}/tokens", f"--workdir={workdir}/decoder",
-                   f"--seed={SEED.value}", *config_flags(small), *resumed(workdir / "decoder"))  # fmt: skip
+    most = f"--max_points={64 if smoke else 6000}"
+    drawing = ("--temperature=0.9", "--top_p=0.95", most)
+    shared = (f"--ar={weights}/ar.npz", f"--store={workdir}/tokens")
+    with stages.stage("hidden states at the points of everyone, and at points drawn from the portraits"):
+        run_script("extract_features", *shared, f"--workdir={workdir}/features", "--batch=4", "--resume")
+        run_script("extract_features", *shared, f"--workdir={workdir}/sampled", "--source=sampled", "--batch=16",
+                   *drawing, "--resume")  # fmt: skip
+    with stages.stage("stage two: the decoder, on true points"):
+        small = {"decoder.layers": 1, "decoder.train.steps": 2} if smoke else {"decoder.train.steps": 650}
+        decoder = ("train_decoder", preset, *shared, f"--captures={workdir}/people", f"--seed={SEED.value}")
+        run_script(*decoder, f"--features={workdir}/features", f"--workdir={workdir}/decoder_first",
+                   *config_flags(small), *resumed(workdir / "decoder_first"))  # fmt: skip
+    with stages.stage("stage two: the decoder, on drawn points"):
+        small = {"decoder.layers": 1, "decoder.train.steps": 2} if smoke else {"decoder.train.steps": 2200}
+        run_script(*decoder, f"--features={workdir}/sampled", f"--workdir={workdir}/decoder",
+                   f"--init={workdir}/decoder_first", *config_flags(small), *resumed(workdir / "decoder"))  # fmt: skip
         params, meta = load_params(workdir / "decoder")
         save_weights(weights / "decoder.npz", params, meta, newest_step(workdir / "decoder"))
     with stages.stage("held-out people from their portraits, beside guesses"):
-        drawing = ("--temperature=0.8", "--top_p=0.9", f"--max_points={64 if smoke else 6000}")
-        run_script("evaluate", f"--ar={weights}/ar.npz", f"--decoder={weights}/decoder.npz",
-                   f"--store={workdir}/tokens", f"--captures={workdir}/people", f"--fits={workdir}/people",
-                   "--protocols=self", *drawing, f"--workdir={workdir}/evaluation",
+        run_script("evaluate", *shared, f"--decoder={weights}/decoder.npz", f"--captures={workdir}/people",
+                   f"--fits={workdir}/people", "--protocols=self", *drawing, f"--candidates={2 if smoke else 8}",
+                   "--batch_size=16", f"--workdir={workdir}/evaluation",
                    *resumed(workdir / "evaluation"))  # fmt: skip
     with stages.stage("somebody to try the weights on"):
         name = example_subject(workdir)
