@@ -120,9 +120,6 @@ def main() -> None:
     setup = load_setup(protocols)
     networks = load_networks()
     drawing = drawing_flags(setup.store)
-    workdir = open_workdir(WORKDIR.value, OUTPUTS, resume=RESUME.value, overwrite=OVERWRITE.value)
-    check_settings(workdir / "settings.json", settings(setup, drawing, networks))
-    bundles = make_avatars(setup, drawing, workdir)
     head, jaw = setup.trained.head, setup.trained.spec.canonical_jaw
     guesses = Guesses(
         head,
@@ -134,6 +131,9 @@ def main() -> None:
         seed=drawing.seed,
         jaw=jaw,
     )
+    workdir = open_workdir(WORKDIR.value, OUTPUTS, resume=RESUME.value, overwrite=OVERWRITE.value)
+    check_settings(workdir / "settings.json", settings(setup, drawing, networks))
+    bundles = make_avatars(setup, drawing, workdir)
     subjects = [make_subject(setup, name, bundles, drawing.seed) for name in setup.names]
     drivers = {"self": {name: name for name in setup.names}}
     if "cross" in protocols:
@@ -178,6 +178,9 @@ def load_setup(protocols: Sequence[str]) -> Setup:
     captures = load_captures(trained, store, held_out)
     if "cross" in protocols:
         cross_pairs(list(captures))
+    for name in captures if AVATARS.value is not None else ():
+        if not (Path(AVATARS.value) / name / "avatar.json").is_file():
+            raise UserError(f"--avatars={AVATARS.value} holds no bundle of {name}: experiments.reconstruct makes them.")
     training = tuple(name for name in store.subjects if name not in held_out)
     return Setup(trained, decoders, store, captures, training, baselines)
 
@@ -288,10 +291,7 @@ def check_settings(path: Path, mine: dict[str, Any]) -> None:
 def make_avatars(setup: Setup, drawing: Drawing, workdir: Path) -> dict[str, Path]:
     """Name in tables → folder of bundles. Those that are not there yet are made, and written as they end."""
     if AVATARS.value is not None:
-        folder = Path(AVATARS.value)
-        if missing := [name for name in setup.names if not (folder / name / "avatar.json").is_file()]:
-            raise UserError(f"--avatars={folder} holds no bundle of {missing[0]}: experiments.reconstruct makes them.")
-        return {OURS: folder}
+        return {OURS: Path(AVATARS.value)}
     trained, store = setup.trained, setup.store
     folders = {method: workdir / "avatars" / method for method in setup.decoders}
     todo = {

@@ -49,13 +49,18 @@ class Guesses:
           jaw: of canonical meshes, radians.
 
         Raises:
-          UserError: no fits of training people there.
+          UserError: no fits of training people there, or others than the store was made from.
         """
         self._head, self._store, self._names, self._jaw = head, store, tuple(names), jaw
         self._folders = {} if not names else find_fits(fits)
         self.people = tuple(name for name in training if name in self._folders)
         if names and not self.people:
             raise UserError(f"--fits={fits} holds no fit of a training person ({', '.join(training[:3])} …).")
+        for name in self.people:  # All before anybody is drawn or scored.
+            if file_sha256(fit_folder(self._folders[name]) / "point_cloud.ply") != store.fit_sha256[store.index(name)]:
+                raise UserError(
+                    f"{self._folders[name]} is another fit of {name} than {store.path} was made from: name that one."
+                )
         self._averaged = random_people(self.people, mean_of, seed)
         self._fit = functools.lru_cache(maxsize=max(32, len(self._averaged) + 4))(self._load)
         self._with_portrait = [name for name in self.people if store.has_portrait[store.index(name)]]
@@ -119,12 +124,7 @@ class Guesses:
         return np.float32(total / len(self._averaged))
 
     def _load(self, name: str) -> RiggedFit:
-        folder = self._folders[name]
-        if file_sha256(fit_folder(folder) / "point_cloud.ply") != self._store.fit_sha256[self._store.index(name)]:
-            raise UserError(
-                f"{folder} is not the fit of {name} that {self._store.path} was made from: name its folder."
-            )
-        return load_fit(folder, self._head)
+        return load_fit(self._folders[name], self._head)
 
     @functools.cached_property
     def _portraits(self) -> list[np.ndarray]:

@@ -166,7 +166,7 @@ def test_refusals_are_sentences(root, held_out, tmp_path):
             "--captures is missing": data(root)[:2],
             "give either --decoder": data(root),
             "--fits is missing": made,
-            "--fits does not exist or": [*made, "--fits=nowhere", "--fits=/nowhere"],
+            "/nowhere holds no fits": [*made, "--fits=/nowhere"],
             "must be some of self, cross": [*made, "--protocols=own"],
             "must be some of mean": [*made, "--baselines=median"],
             "--temperature does nothing with --avatars": [*made, "--temperature=0.5"],
@@ -182,3 +182,5 @@ def test_refusals_are_sentences(root, held_out, tmp_path):
             "is not a folder with config.json": [*drawn, f"--clip={tmp_path}"],
         },
     )  # fmt: skip
+    # All of it before anything is written.
+    assert not (tmp_path / "out").exists()
