@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from absl import app, flags
 from experiments import INTERRUPTED, leave_at_interrupt
 from pointillist_jax.configs import Config
 from pointillist_jax.files import UserError, require_writable
+from pointillist_jax.interrupts import unheard_by_children
 
 
 def run(main: Callable[[], None]) -> None:
@@ -173,8 +173,6 @@ def worker_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
     An exception in the block, Ctrl-C too, stops the workers where they are: their context managers clean up, so that
     nothing half-written stays, and none of them says anything. Functions have to be submitted by `submit`.
     """
-    # Its first start would unblock SIGINT in `submit`.
-    resource_tracker.ensure_running()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _begin_worker) as pool:
         try:
@@ -187,29 +185,18 @@ def worker_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
 
 def submit(pool: ProcessPoolExecutor, function: Callable[..., Any], *args: Any) -> Future:
     """`pool.submit` for a `worker_pool`."""
-    # A terminal sends Ctrl-C to all processes. This one stops the workers, which must not hear it: not even while they
-    # start, so they inherit the blocked signal.
-    with _blocked_interrupt():
+    # It may start a worker.
+    with unheard_by_children():
         return pool.submit(_work, function, *args)
 
 
 @contextlib.contextmanager
 def manager() -> Iterator[SyncManager]:
     """A `multiprocessing` manager that Ctrl-C does not reach: it ends with the block."""
-    resource_tracker.ensure_running()
-    with _blocked_interrupt():
+    with unheard_by_children():
         shared = multiprocessing.get_context("spawn").Manager()
     with shared:
         yield shared
-
-
-@contextlib.contextmanager
-def _blocked_interrupt() -> Iterator[None]:
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _work(function: Callable[..., Any], *args: Any) -> Any:

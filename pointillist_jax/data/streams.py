@@ -7,6 +7,7 @@ or worker count continues with another.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ import numpy as np
 from absl import flags
 
 from pointillist_jax.files import UserError
+from pointillist_jax.interrupts import unheard_by_children
 
 # Batches of a stream without end: Grain computes lengths in floating point, where larger ones are no longer exact.
 _ENDLESS = 1 << 48
@@ -144,6 +146,7 @@ class BatchIterator(grain.DatasetIterator):
         self._batches = batches
         self._next = 0
         self._inner: Iterator | None = None
+        self._fresh = True  # Since the reading began, no batch was taken.
 
     def __next__(self) -> dict[str, Any]:
         self._assert_not_closed()
@@ -151,7 +154,10 @@ class BatchIterator(grain.DatasetIterator):
             self._stop()
             raise StopIteration
         self.start_prefetch()
-        batch = next(self._inner)
+        # Some workers start with the first batch.
+        with self._starting_workers() if self._fresh else contextlib.nullcontext():
+            batch = next(self._inner)
+        self._fresh = False
         self._next += 1
         return batch
 
@@ -190,7 +196,11 @@ class BatchIterator(grain.DatasetIterator):
         """Begins reading ahead, if that has not begun."""
         if self._inner is None:
             self._inner = iter(self._batches.dataset(self._next))
-            self._inner.start_prefetch()
+            with self._starting_workers():
+                self._inner.start_prefetch()
+
+    def _starting_workers(self) -> contextlib.AbstractContextManager:
+        return unheard_by_children() if self._batches.num_workers else contextlib.nullcontext()
 
     def close(self) -> None:
         """Ends threads and workers. The iterator cannot be used afterwards."""
@@ -201,7 +211,7 @@ class BatchIterator(grain.DatasetIterator):
     def _stop(self) -> None:
         if self._inner is not None:
             self._inner.close()
-        self._inner = None
+        self._inner, self._fresh = None, True
 
 
 class _Share(grain.MapDataset):

@@ -179,8 +179,9 @@ def load_params(workdir: str | os.PathLike, step: int | None = None, *, ema: boo
             # As NumPy: arrays would ask for the devices they were saved from.
             how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             params = reader.restore(item, args=ocp.args.PyTreeRestore(restore_args=how))
+        item = folder / "meta"
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            meta = reader.restore(folder / "meta")
+            meta = reader.restore(item)
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged or missing files.
         raise FileFormatError(f"{item} cannot be read ({_reason(error)}): name an earlier step.") from None
     return params, meta

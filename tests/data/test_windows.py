@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
+import os
+import signal
 
 import grain
 import jax
@@ -184,6 +187,22 @@ def test_workers_give_the_same_stream_and_resume_through_orbax(rng, tmp_path):
             for have, batch in zip(rest, want[5:], strict=True):
                 equal(have, batch)
             resumed.close()
+
+
+def test_workers_do_not_hear_ctrl_c(rng, tmp_path):
+    """A terminal sends it to them too; the training still needs their batches, to save where it is."""
+    store, _ = write_store(tmp_path / "store", rng, [50, 7, 31, 12])
+    stream = iter(window_batches(store, window=16, batch_size=2, condition=(), num_workers=2))
+    next(stream)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)
+    for _ in range(20):
+        next(stream)
+    assert all(worker.is_alive() for worker in workers)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    stream.close()
 
 
 def test_a_position_of_another_stream_is_refused_by_name(rng):

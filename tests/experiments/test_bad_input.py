@@ -57,8 +57,9 @@ def test_bad_input_is_one_sentence(script, kind, what, forks, good_root, tmp_pat
         flag, glob, way = what
         copy, path = spoiled(paths[flag], glob, way, tmp_path)
         ended = forks.run(script, *good, f"--{flag}={copy}", where=out)
-        # A missing file may be told by the folder that lacks it.
-        refused(ended, path.name if way not in ("gone", "a folder") else str(copy))
+        # A missing file may be told by the folder that lacks it, and one of Orbax's by the item it belongs to.
+        named = str(path.parent) if "checkpoints" in glob else path.name
+        refused(ended, str(copy) if way in ("gone", "a folder") else named)
 
 
 # Of the writers, those that write before they have compiled a training.
