@@ -44,7 +44,7 @@ from experiments.trained import PRETRAINED, Contexts, load_ar
 from experiments.trained_decoder import load_decoder
 from pointillist_jax.cameras import orbit
 from pointillist_jax.data.captures import load_capture
-from pointillist_jax.files import UserError
+from pointillist_jax.files import UserError, atomic_path
 from pointillist_jax.flame import FlameModel
 from pointillist_jax.gaussians import Avatar, save_avatar, save_ply
 from pointillist_jax.losses import psnr, ssim
@@ -117,7 +117,7 @@ def show_pretrained(workdir: Path, stages: Stages, outputs: dict[str, str]) -> l
         trained, decoder = load_ar(PRETRAINED), load_decoder(PRETRAINED)
         decoder.check_ar(trained)
         portrait = choose_portrait(trained.spec, trained.head)
-        write_image(workdir / "portrait.png", np.asarray(portrait.image, np.float32) / 255)
+        write_image(workdir / "portrait.png", _at_least(np.asarray(portrait.image, np.float32) / 255, 224))
         print(f"  {portrait.path.name}, {len(portrait.image)}² pixels; a head of {trained.head.num_faces} faces")
     with stages.stage("the points, and the face each is bound to"):
         smaller = {"max_points": 256, "candidates": 2} if SMOKE.value else {}
@@ -213,20 +213,22 @@ def scores(workdir: Path, avatar: Avatar, head: FlameModel) -> Section:
     decibels, similarity = np.mean(found, axis=0)
     print(f"  {len(found)} photographs: PSNR {decibels:.2f} dB, SSIM {similarity:.4f}")
     chosen = np.linspace(0, len(pairs) - 1, min(_SHOWN, len(pairs))).astype(int)
-    shown = [_twice(pairs[i][row]) for row in (0, 1) for i in chosen]
+    shown = [_at_least(pairs[i][row], 128) for row in (0, 1) for i in chosen]
     labels = ["photograph"] * len(chosen) + ["avatar"] * len(chosen)
     write_image(workdir / "views.png", contact_sheet(shown, labels, len(chosen)))
-    (workdir / "scores.json").write_text(
-        json.dumps({"views": len(found), "psnr": round(decibels, 3), "ssim": round(similarity, 4)}) + "\n"
-    )
+    with atomic_path(workdir / "scores.json") as path:
+        path.write_text(
+            json.dumps({"views": len(found), "psnr": round(decibels, 3), "ssim": round(similarity, 4)}) + "\n"
+        )
     table = Table(["photographs", "PSNR, dB", "SSIM"], [[str(len(found)), f"{decibels:.2f}", f"{similarity:.4f}"]])
     text = "The avatar made from the portrait alone, driven by the person's own motion, against photographs."
     return Section("Scores", [text], figures=[(workdir / "views.png", "Photographs above, the avatar below")],
                    tables=[table])  # fmt: skip
 
 
-def _twice(image: np.ndarray) -> np.ndarray:
-    factor = math.ceil(128 / image.shape[1])
+def _at_least(image: np.ndarray, side: int) -> np.ndarray:
+    """A picture enlarged by a whole number, so that it is that wide."""
+    factor = math.ceil(side / image.shape[1])
     return image.repeat(factor, 0).repeat(factor, 1)
 
 
