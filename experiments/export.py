@@ -52,7 +52,7 @@ from pointillist_jax.files import FileFormatError, UserError, atomic_folder
 from pointillist_jax.flame import FlameModel, FlameParams, animate, face_frames, flame_vertices, global_to_local
 from pointillist_jax.gaussians import Avatar, Gaussians, load_avatar, save_ply
 from pointillist_jax.splat_files import save_splat, save_spz
-from pointillist_jax.training.checkpoints import load_params, model_kind, newest_step, save_params
+from pointillist_jax.training.checkpoints import load_params, meta_path, model_kind, newest_step, save_params
 
 # Format → suffix of --output; "" is a folder.
 SUFFIXES = {"ply": ".ply", "gaussian_avatars": "", "splat": ".splat", "spz": ".spz", "ply_sequence": "",
@@ -227,10 +227,11 @@ def export_torch(workdir: str, step: int | None, output: str) -> None:
     params, meta = load_params(workdir, step)
     meta = dict(meta) if isinstance(meta, dict) else {}
     step = newest_step(workdir) if step is None else step
-    kind = model_kind(meta, workdir)
+    where = str(meta_path(workdir, step))
+    kind = model_kind(meta, where)
     config = meta.pop("config", None)
     part, model_config, to_torch, _ = KINDS[kind]
-    model = config_from_json(model_config, config.get(part) if isinstance(config, dict) else None, str(workdir))
+    model = config_from_json(model_config, config.get(part) if isinstance(config, dict) else None, where)
     state = to_torch(params, model)
     save_reference(path, state, {"kind": kind, "step": step, "config": config, "meta": meta})
     numbers = sum(np.size(x) for x in state.values())

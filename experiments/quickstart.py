@@ -44,7 +44,7 @@ from experiments.trained import PRETRAINED, Contexts, load_ar
 from experiments.trained_decoder import load_decoder
 from pointillist_jax.cameras import orbit
 from pointillist_jax.data.captures import load_capture
-from pointillist_jax.files import UserError, atomic_path
+from pointillist_jax.files import UserError, atomic_path, require_writable
 from pointillist_jax.flame import FlameModel
 from pointillist_jax.gaussians import Avatar, save_avatar, save_ply
 from pointillist_jax.losses import psnr, ssim
@@ -83,6 +83,7 @@ def main() -> None:
     workdir = Path(WORKDIR.value)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; name a folder.")
+    require_writable(workdir)
     if TRAIN.value:
         refuse_flags(("portrait", "crop"), "with --train, which photographs people of its own")
         model = choose_head(FLAME.value, None if FLAME.value else "coarse")

@@ -20,7 +20,7 @@ from pointillist_jax.flame import FlameModel
 from pointillist_jax.models.condition import with_patch_colors
 from pointillist_jax.pretrained import weights_file
 from pointillist_jax.training.ar import encode
-from pointillist_jax.training.checkpoints import load_params, newest_step
+from pointillist_jax.training.checkpoints import load_params, meta_path, newest_step
 
 # What --ar and --decoder say for the weights that this package ships.
 PRETRAINED = "pretrained"
@@ -95,7 +95,7 @@ def load_ar(workdir: str | None, step: int | None = None, flame: str | None = No
     workdir = trained_path(workdir, "ar")
     params, meta = load_params(workdir, step)
     step = newest_step(workdir) if step is None else step
-    where = str(workdir)
+    where = str(meta_path(workdir, step))
     meta = meta if isinstance(meta, dict) else {}
     # Only what is used is read: parts of a config that have changed since do not make a model useless.
     config = meta.get("config")

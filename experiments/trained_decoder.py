@@ -17,7 +17,7 @@ from pointillist_jax.files import UserError
 from pointillist_jax.flame import FlameModel, FlameParams
 from pointillist_jax.gaussians import Avatar
 from pointillist_jax.reconstruct import decode_avatar
-from pointillist_jax.training.checkpoints import load_params
+from pointillist_jax.training.checkpoints import load_params, meta_path, newest_step
 
 # The method and its ablations, as `train_decoder --compare` trains them in folders of these names: changes of the
 # decoder's config.
@@ -90,11 +90,11 @@ def load_decoder(workdir: str | None, flame: str | None = None, *, template: boo
         raise UserError("--decoder is missing: name the workdir of a training (python -m experiments.train_decoder).")
     path = trained_path(workdir, "decoder")
     params, meta = load_params(path)
-    meta = meta if isinstance(meta, dict) else {}
+    meta, where = meta if isinstance(meta, dict) else {}, meta_path(path, newest_step(path))
     if not isinstance(meta.get("features"), dict) or "tokenizer" not in meta["features"]:
-        raise UserError(f"{workdir} is no training of the decoder (no features in its meta): check --decoder.")
+        raise UserError(f"{where} is of no training of the decoder (it names no features): check --decoder.")
     config = meta.get("config")
-    config = config_from_json(DecoderConfig, config.get("decoder") if isinstance(config, dict) else None, workdir)
+    config = config_from_json(DecoderConfig, config.get("decoder") if isinstance(config, dict) else None, str(where))
     if config.points == "flame_vertices" and not template:
         raise UserError(f"{workdir} was trained on the head's vertices, an ablation without clouds; name another one.")
     checkpoint = meta["features"].get("checkpoint")

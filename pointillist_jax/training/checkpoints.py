@@ -197,6 +197,11 @@ def newest_step(workdir: str | os.PathLike) -> int:
     return steps[-1]
 
 
+def meta_path(workdir: str | os.PathLike, step: int) -> Path:
+    """Where the meta of a checkpoint lies, for messages: its own folder, or the file of weights."""
+    return Path(workdir) if _is_weights(workdir) else _steps_in(workdir)[0] / str(step) / "meta"
+
+
 def save_params(
     workdir: str | os.PathLike, step: int, params: Any, meta: dict[str, Any], *, overwrite: bool = False
 ) -> None:

@@ -36,7 +36,7 @@ def arguments(script: str, root: Path, output: Path | None) -> list[str]:
     return [*filled(given.good, root), *([f"--{given.output[0]}={output}"] if given.output else [])]
 
 
-@pytest.mark.parametrize(("script", "kind", "what"), cases())
+@pytest.mark.parametrize(("script", "kind", "what"), list(cases()))
 def test_bad_input_is_one_sentence(script, kind, what, forks, good_root, tmp_path):
     given, out, root = SCRIPTS[script], tmp_path / "out", good_root
     output = out / given.output[1] if given.output else None
