@@ -87,7 +87,7 @@ def main() -> None:
 def needs_of(config: Config) -> Needs:
     """Computed from shapes; nothing is allocated."""
     model = config.model
-    decoder = config.decoder.for_features(model.tokenizer, model.width)
+    decoder = config.decoder.for_features(model.tokenizer, model.width, context_tokens=context_length(model))
     return Needs(
         transformer=count(param_specs(model)),
         condition=count(condition_specs(model)),
