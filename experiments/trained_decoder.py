@@ -101,4 +101,4 @@ def load_decoder(workdir: str | None, flame: str | None = None, *, template: boo
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     spec = read_spec(path, meta["features"])
     head = named_head(spec.flame_source, spec.flame_sha256, workdir, flame)
-    return TrainedDecoder(str(workdir), jax.tree.map(jnp.asarray, params), config, spec, checkpoint, head)
+    return TrainedDecoder(str(path), jax.tree.map(jnp.asarray, params), config, spec, checkpoint, head)
