@@ -104,11 +104,14 @@ def resumed(folder: Path) -> list[str]:
 
 
 def example_subject(workdir: Path) -> str:
-    """Of the held-out people the one in the middle: neither the best nor the worst."""
-    held_out = read_json(workdir / "ar" / "card.json", "the card of a training").get("held_out")
-    if not held_out:
-        raise UserError(f"{workdir}/ar/card.json names nobody held out: train again with --overwrite.")
-    return sorted(held_out)[len(held_out) // 2]
+    """Of the held-out people the one whose avatar has the median PSNR: neither the best nor the worst."""
+    found = []
+    for path in sorted((workdir / "evaluation" / "scores" / "self").glob("*.json")):
+        scores = read_json(path, "a person's scores")["scores"]["ours"]["psnr"]
+        found.append((sum(scores) / len(scores), path.stem))
+    if not found:
+        raise UserError(f"{workdir}/evaluation holds no scores: evaluate again with --overwrite.")
+    return sorted(found)[len(found) // 2][1]
 
 
 def copy_example(capture: Path, target: Path) -> None:
