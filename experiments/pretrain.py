@@ -83,8 +83,8 @@ def main() -> None:
         save_weights(weights / "decoder.npz", params, meta, newest_step(workdir / "decoder"))
     with stages.stage("held-out people from their portraits, beside guesses"):
         run_script("evaluate", *shared, f"--decoder={weights}/decoder.npz", f"--captures={workdir}/people",
-                   f"--fits={workdir}/people", "--protocols=self", *drawing, f"--candidates={2 if smoke else 8}", "--views=24", "--mean_of=12",
-                   "--batch_size=16", f"--workdir={workdir}/evaluation",
+                   f"--fits={workdir}/people", "--protocols=self", *drawing, f"--candidates={2 if smoke else 8}",
+                   "--views=24", "--mean_of=12",                   "--batch_size=16", f"--workdir={workdir}/evaluation",
                    *resumed(workdir / "evaluation"))  # fmt: skip
     with stages.stage("somebody to try the weights on"):
         name = example_subject(workdir)
