@@ -84,7 +84,7 @@ def main() -> None:
     with stages.stage("held-out people from their portraits, beside guesses"):
         run_script("evaluate", *shared, f"--decoder={weights}/decoder.npz", f"--captures={workdir}/people",
                    f"--fits={workdir}/people", "--protocols=self", *drawing, f"--candidates={2 if smoke else 8}",
-                   "--views=24", "--mean_of=12",                   "--batch_size=16", f"--workdir={workdir}/evaluation",
+                   "--views=24", "--mean_of=12", "--batch_size=16", f"--workdir={workdir}/evaluation",
                    *resumed(workdir / "evaluation"))  # fmt: skip
     with stages.stage("somebody to try the weights on"):
         name = example_subject(workdir)
