@@ -210,7 +210,7 @@ SCRIPTS: dict[str, Script] = {
                                  ("rig.npz", ("gone", "cut", "nan", "shapes")),
                                  ("avatar.json", ("gone", "cut", "types"))]),
         values={"--motion=dance": "motion", "--camera=above": "camera", "--size=1": "size", "--fps=0": "fps",
-                "--frames=0": "frames", "--motion={root}/nowhere.npz": "frames", "--split=test": "split",
+                "--frames=0": "frames", "--motion={root}/nowhere.npz": "nowhere.npz", "--split=test": "split",
                 "--camera={root}/nowhere.json": "size"},
         without={"capture": ("motion", "frames", "size")},
         output=("output", "me.mp4"),
