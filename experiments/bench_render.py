@@ -26,7 +26,7 @@ from experiments import common
 from renderer_bridge import binning, estimate_capacity, gsplat_dlpack, projection, rasterize, tiles
 
 _QUICK = flags.DEFINE_bool("quick", False, "Only the smallest, middle and largest size.")
-_REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs per case (the median is shown).")
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs per case (the median is shown).", lower_bound=1)
 _AGAINST = flags.DEFINE_enum("against", None, ["gsplat"], "Compare with plain torch + gsplat instead (needs CUDA).")
 
 _COUNTS = (2_000, 20_000, 100_000)

@@ -18,8 +18,8 @@ from tests.experiments.small_ar import ROOT, environment
 GO_ON = "stopped by Ctrl-C; go on with --resume."
 PEOPLE = ("--num_identities=3",)
 BOTH = ("--subjects=ball_0,ball_1", "--config.fit.iterations=1000")
-# Stage → script, flags beside its good ones, and what has to be in its output when Ctrl-C comes. Stages that compile
-# a training, and worker processes, take longer.
+# Stage → script, flags beside its good ones, and what has to be in its output (or, a Path, on disk below its output's
+# folder) when Ctrl-C comes. Stages that compile a training, and worker processes, take longer.
 SLOW = pytest.mark.slow
 STAGES = {
     "people": ("make_identities", PEOPLE, "people:   0%"),
@@ -31,7 +31,7 @@ STAGES = {
     "encode": ("encode_conditions", (), r"  0%"),
     "features": ("extract_features", (), "read:   0%"),
     "drawing": ("generate", ("--max_points=100000",), "draw:   0%"),
-    "avatars": ("reconstruct", ("--subjects=p0,p1,p2,p3",), "p0: "),
+    "avatars": ("reconstruct", ("--subjects=p0,p1,p2,p3",), Path("avatars/p0.png")),
     "frames": ("animate", ("--frames=1000",), r"frames:.* [1-9]/1000 "),
     "compare": ("compare_torch", ("--seeds=0,1,2",), r"seed 0"),
     "transformer": ("train_ar", ("--config.train.steps=100000", "--config.train.log_every=1"), r" [3-9]/100000 "),
@@ -46,8 +46,16 @@ def test_ctrl_c_says_how_to_go_on(stage, forks, good_root, tmp_path):
     script, more, seen = STAGES[stage]
     given, out = SCRIPTS[script], tmp_path / "out"
     output = [f"--{given.output[0]}={out / given.output[1]}"] if given.output else []
-    moment = {"signal": "SIGINT", "seen": seen}
-    ended = forks.run(script, *filled(given.good, good_root), *more, *output, where=out, interrupt=moment, timeout=600)
+    moment = {"exists": [str(out), str(seen)]} if isinstance(seen, Path) else {"seen": seen}
+    ended = forks.run(
+        script,
+        *filled(given.good, good_root),
+        *more,
+        *output,
+        where=out,
+        interrupt=moment | {"signal": "SIGINT"},
+        timeout=600,
+    )
     assert not ended.timed_out, ended.err[-2000:]
     assert ended.seconds_after_signal is not None, ended.err[-2000:]
     assert ended.code == 130, ended.err[-3000:]
