@@ -51,7 +51,7 @@ def test_the_shipped_weights_make_an_avatar_of_somebody_they_never_saw(tmp_path)
     avatar = load_avatar(tmp_path / "avatar")
     assert load_ply(tmp_path / "frame.ply").num_gaussians == avatar.gaussians.num_gaussians > 100
     scores = read_json(tmp_path / "scores.json", "scores")
-    assert scores["views"] > 30
+    assert scores["views"] > 20
     text = check_report(tmp_path / "report.html")
     assert f"{scores['psnr']:.2f}" in text
     assert "never saw" in text
