@@ -55,7 +55,7 @@ WORKDIR = flags.DEFINE_string("workdir", "outputs/quickstart", "Where to write; 
 PORTRAIT = flags.DEFINE_string("portrait", None, "A photograph of a head; a synthetic person if not given.")
 CROP = flags.DEFINE_list("crop", None, "Square of --portrait to use: left,top,side in pixels; head and shoulders.")
 FLAME = flags.DEFINE_string("flame", None, "What a FLAME tracker found in --portrait; with --train your FLAME .pkl.")
-TRAIN = flags.DEFINE_boolean("train", False, "Train everything from nothing, in a quarter of an hour.")
+TRAIN = flags.DEFINE_boolean("train", False, "Train everything from nothing, at the smallest useful scale.")
 PEOPLE = flags.DEFINE_integer("people", 8, "With --train: synthetic people.", lower_bound=3, upper_bound=1000)
 FRAMES = flags.DEFINE_integer("frames", 96, "Length of the video at 24 frames a second.", lower_bound=2)
 SIZE = flags.DEFINE_integer("size", 256, "Side of the video's pictures in pixels.", lower_bound=32, upper_bound=2048)
