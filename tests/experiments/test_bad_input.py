@@ -16,12 +16,24 @@ def test_every_script_has_its_cases():
     assert set(SCRIPTS) == set(scripts())
 
 
+def without_tensorstore_race(err: str) -> str:
+    """Threads of TensorStore that end after Orbax has closed its event loop print so, past every exception handler: now
+    and then, when a checkpoint is damaged. Nobody who calls Orbax can prevent it."""
+    if "RuntimeError: Event loop is closed" not in err:
+        return err
+    printed = ("Traceback (most recent call last):", "self._check_closed()", "raise RuntimeError('Event loop is closed')",
+               "RuntimeError: Event loop is closed")  # fmt: skip
+    lines = err.splitlines(keepends=True)
+    return "".join(x for x in lines if x.strip() not in printed and "asyncio/base_events.py" not in x)
+
+
 def refused(ended: Ended, *said: str, allowed: tuple[str, ...] = ()) -> None:
     """Asserts that a run ended as it should: one sentence that holds `said`, and no files but those allowed."""
     assert ended.code == 2, (ended.code, ended.err[-3000:])
-    assert "Traceback" not in ended.out + ended.err, ended.err[-3000:]
+    err = without_tensorstore_race(ended.err)
+    assert "Traceback" not in ended.out + err, err[-3000:]
     # A progress bar returns to the beginning of its line; what follows the sentence is its list, indented.
-    lines = ended.err.replace("\r", "\n").splitlines()
+    lines = err.replace("\r", "\n").splitlines()
     (first,) = (i for i, line in enumerate(lines) if "error: " in line)
     assert lines[first].startswith("error: "), lines[first]
     assert all(line.startswith("  ") for line in lines[first + 1 :]), lines[first:]
