@@ -10,6 +10,7 @@ from tests.experiments.bad_inputs import SCRIPTS, cases, filled, spoiled, wrong_
 from tests.experiments.forked import Ended, scripts
 
 FULL = "make space, or write to another disk"
+_CLOSED = "RuntimeError: Event loop is closed"
 
 
 def test_every_script_has_its_cases():
@@ -19,10 +20,10 @@ def test_every_script_has_its_cases():
 def without_tensorstore_race(err: str) -> str:
     """Threads of TensorStore that end after Orbax has closed its event loop print so, past every exception handler: now
     and then, when a checkpoint is damaged. Nobody who calls Orbax can prevent it."""
-    if "RuntimeError: Event loop is closed" not in err:
+    if _CLOSED not in err:
         return err
-    printed = ("Traceback (most recent call last):", "self._check_closed()", "raise RuntimeError('Event loop is closed')",
-               "RuntimeError: Event loop is closed")  # fmt: skip
+    closed = "RuntimeError('Event loop is closed')"
+    printed = ("Traceback (most recent call last):", "self._check_closed()", f"raise {closed}", _CLOSED)
     lines = err.splitlines(keepends=True)
     return "".join(x for x in lines if x.strip() not in printed and "asyncio/base_events.py" not in x)
 
