@@ -58,9 +58,9 @@ def main() -> None:
     with stages.stage("everyone as tokens"):
         run_script("tokenize", preset, f"--fits={workdir}/people", f"--workdir={workdir}/tokens", "--resume")
     with stages.stage("stage one: the transformer"):
-        small = {"model.window": 64, "model.layers": 1, "train.steps": 4, "data.held_out": 1} if smoke else {}
+        small = {"model.window": 64, "data.stride": 256, "model.layers": 1, "train.steps": 4, "data.held_out": 1}
         run_script("train_ar", preset, f"--store={workdir}/tokens", f"--workdir={workdir}/ar", f"--seed={SEED.value}",
-                   *config_flags(small), *resumed(workdir / "ar"))  # fmt: skip
+                   *config_flags(small if smoke else {}), *resumed(workdir / "ar"))  # fmt: skip
         params, meta = load_params(workdir / "ar")
         save_weights(weights / "ar.npz", params, meta, newest_step(workdir / "ar"))
     most = f"--max_points={64 if smoke else 6000}"
