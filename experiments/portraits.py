@@ -88,6 +88,7 @@ def read_portrait(
     timestep: int = 0,
     tracker_flame: str | None = None,
     crop: Sequence[str] | None = None,
+    flag: str = "--tracker",
 ) -> Portrait:
     """A photograph at the size that models of this store see, and its head.
 
