@@ -100,6 +100,7 @@ def read_portrait(
       timestep: which of the tracker's.
       tracker_flame: the FLAME file that Pixel3DMM ran with, where its meshes are not there.
       crop: left, top and side in pixels of the square to use; None takes the largest square.
+      flag: that gives `tracker`, for the warning.
 
     Raises:
       UserError: an image or a tracker's file that is damaged; a timestep that it does not have; a square beyond the
@@ -108,8 +109,8 @@ def read_portrait(
     image = square_portrait(_cropped(load_rgba(path), crop, path), spec.portrait_size)
     if tracker is None:
         print(
-            "warning: no FLAME parameters: the model is told a neutral head of mean shape, so only the photograph says "
-            "who this is; give a FLAME tracker's output for a likeness of shape."
+            f"warning: no {flag}: the model is told a neutral head of mean shape, so only the photograph says who this "
+            "is; give a FLAME tracker's output for a likeness of shape."
         )
         return Portrait(path, image, head.neutral_params())
     ran_with = load_flame(tracker_flame) if tracker_flame else None

@@ -170,7 +170,7 @@ def choose_portrait(spec, head: FlameModel) -> Portrait:
     if FLAME.value and FLAME.value.endswith(".pkl"):
         raise UserError(f"--flame={FLAME.value}: the pretrained weights have a head of their own; give what a tracker "
                         "found in --portrait (a flame_param.npz), or train with your FLAME (--train).")  # fmt: skip
-    return read_portrait(Path(PORTRAIT.value), spec, head, FLAME.value, crop=CROP.value)
+    return read_portrait(Path(PORTRAIT.value), spec, head, FLAME.value, crop=CROP.value, flag="--flame")
 
 
 def likeness(example: bool) -> str:

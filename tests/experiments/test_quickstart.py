@@ -123,11 +123,6 @@ def test_pretraining_makes_weights_that_scripts_take(tmp_path):
     weights = tmp_path / "run" / "weights"
     assert {path.name for path in weights.iterdir()} == {"ar.npz", "decoder.npz", "example", "card.json"}
     assert (tmp_path / "run" / "evaluation" / "table.md").is_file()
-    # A second call with --resume finds everything done and changes nothing.
-    before = {name: (weights / name).read_bytes() for name in ("ar.npz", "decoder.npz")}
-    again = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True, timeout=3000)
-    assert again.returncode == 0, again.stderr
-    assert before == {name: (weights / name).read_bytes() for name in before}
 
 
 def test_a_report_escapes_what_it_shows(tmp_path):
