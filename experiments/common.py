@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import gc
 import importlib.metadata
 import json
 import logging
@@ -48,6 +49,7 @@ def run(main: Callable[[], None]) -> None:
         logging.getLogger("absl").setLevel(logging.WARNING)
         # Orbax reports every stage of every checkpoint; what fails it also raises.
         logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+        sys.unraisablehook = _unraisable
         keep_freed_memory()
         try:
             if len(argv) > 1:
@@ -65,7 +67,9 @@ def run(main: Callable[[], None]) -> None:
                 said, code = f"error: {sentence}", 2
             else:
                 raise
-        # Here the frames of `main` are gone, and their progress bars have ended their lines.
+        # The frames of `main` are gone, and so are their progress bars, also those in cycles: their lines have ended.
+        if code:
+            gc.collect()
         leave_at_interrupt()
         if said:
             with contextlib.suppress(BrokenPipeError):
@@ -102,6 +106,15 @@ def sentence_of(error: Exception) -> str | None:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{where}{error.strerror.lower()}; make space, or write to another disk."
     return f"{where}{error.strerror.lower()}; choose another path."
+
+
+def _unraisable(found: sys.UnraisableHookArgs) -> None:
+    """Errors in destructors and in callbacks of compiled code, which Python can only print."""
+    if found.exc_type is KeyboardInterrupt:  # Ctrl-C must not be lost there: once more, at another place.
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    # TensorStore reports every write that ends after a save has failed.
+    elif not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(found)
 
 
 def _of_xla(error: Exception) -> bool:

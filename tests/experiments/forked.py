@@ -60,8 +60,8 @@ class Forks:
         return self
 
     def __exit__(self, *_) -> None:
-        self._process.stdin.close()
-        self._process.wait(60)
+        self._process.kill()
+        self._process.communicate()
 
     def run(
         self,

@@ -57,6 +57,23 @@ def test_a_reader_that_goes_is_no_error():
     assert process.wait(60) == 128 + signal.SIGPIPE
 
 
+def test_ctrl_c_is_not_lost_in_a_destructor():
+    """There Python only prints it and goes on."""
+    program = """
+import time
+from experiments.common import run
+class Loses:
+    def __del__(self):
+        raise KeyboardInterrupt
+def main():
+    Loses()
+    time.sleep(60)
+run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (130, "stopped by Ctrl-C.\n")
+
+
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
