@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
+from tqdm import tqdm
 
 from experiments import INTERRUPTED, leave_at_interrupt
 from pointillist_jax.configs import Config
@@ -58,6 +59,7 @@ def run(main: Callable[[], None]) -> None:
             sys.stdout.flush()
             said, code = "", 0
         except KeyboardInterrupt:
+            _admit_drawn_bars()
             go_on = "; go on with --resume" if "resume" in flags.FLAGS else ""
             said, code = f"stopped by Ctrl-C{go_on}.", INTERRUPTED
         except Exception as error:
@@ -87,6 +89,13 @@ def run(main: Callable[[], None]) -> None:
     # absl's own parser also serves --help and its kin.
     asks = any(arg.lstrip("-") in ("help", "helpfull", "helpshort", "helpxml", "?") for arg in sys.argv[1:])
     app.run(guarded, **({} if asks else {"flags_parser": parse}))
+
+
+def _admit_drawn_bars() -> None:
+    """Ctrl-C between a bar's first drawing and the end of its `__init__` leaves one that would not end its line."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        if hasattr(bar, "pos") and not hasattr(bar, "start_t"):
+            bar.start_t = bar.last_print_t = time.time()
 
 
 def sentence_of(error: Exception) -> str | None:

@@ -74,6 +74,23 @@ run(main)
     assert (done.returncode, done.stderr) == (130, "stopped by Ctrl-C.\n")
 
 
+def test_ctrl_c_while_a_progress_bar_is_made_ends_its_line():
+    program = """
+import tqdm
+from experiments.common import run
+class Interrupted(tqdm.tqdm):
+    def refresh(self, **lock):
+        super().refresh(**lock)
+        raise KeyboardInterrupt
+run(lambda: Interrupted(total=4))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 130
+    bar, said = done.stderr.splitlines()[-2:]
+    assert "0/4" in bar
+    assert said == "stopped by Ctrl-C."
+
+
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
