@@ -50,6 +50,8 @@ def run(main: Callable[[], None]) -> None:
         logging.getLogger("absl").setLevel(logging.WARNING)
         # Orbax reports every stage of every checkpoint; what fails it also raises.
         logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+        # TensorStore's writes that fail beside the one that is raised, one stack each.
+        logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
         sys.unraisablehook = _unraisable
         keep_freed_memory()
         try:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pointillist_jax.files import UserError
 
@@ -47,6 +47,12 @@ def make_mesh(text: str = "", devices: Sequence[jax.Device] | None = None) -> Me
       UserError: an unknown or repeated axis, or sizes that do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
+    shape = tuple(mesh_sizes(text, len(devices)).values())
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_sizes(text: str, devices: int) -> dict[str, int]:
+    """Size by axis of `make_mesh(text)` over so many devices; raises as it does."""
     sizes = dict.fromkeys(AXES, 1)
     named: set[str] = set()
     for part in filter(None, text.replace(" ", "").split(",")):
@@ -56,16 +62,21 @@ def make_mesh(text: str = "", devices: Sequence[jax.Device] | None = None) -> Me
         named.add(match[1])
         sizes[match[1]] = int(match[2])
     total = math.prod(sizes.values())
-    if "data" not in named and len(devices) % total == 0:
-        sizes["data"] = len(devices) // total
-        total = len(devices)
-    if total != len(devices):
+    if "data" not in named and devices % total == 0:
+        sizes["data"] = devices // total
+        total = devices
+    if total != devices:
         raise UserError(
-            f"--mesh={text} asks for {total} devices, but there are {len(devices)}: choose sizes whose product divides "
+            f"--mesh={text} asks for {total} devices, but there are {devices}: choose sizes whose product divides "
             "that, or leave `data` out."
         )
-    shape = tuple(sizes[axis] for axis in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return sizes
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of devices that need not be there, for shapes and shardings; an axis left out has size 1."""
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def shardings_for(abstract: Any, mesh: Mesh) -> Any:
@@ -98,6 +109,36 @@ def shardings_for(abstract: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of a batch's arrays [B, ...]: the first axis over `data` and `fsdp`."""
     return NamedSharding(mesh, nn.logical_to_mesh_axes(("batch",), RULES))
+
+
+def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """Lays `x` out on the mesh in use by its logical axes (`RULES`); nothing happens without a mesh.
+
+    An entry may be several logical axes, whose mesh axes are then joined. An axis that does not divide stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, logical_spec(x.shape, *axes))
+
+
+def logical_spec(shape: Sequence[int], *axes: str | tuple[str, ...] | None) -> PartitionSpec:
+    """Over which axes of the mesh in use an array lies, from its logical axes (as `constrain` takes them)."""
+    cut = [_mesh_axes(names) if parts_of(size, names) > 1 else None for size, names in zip(shape, axes, strict=True)]
+    return PartitionSpec(*cut)
+
+
+def parts_of(size: int, names: str | tuple[str, ...] | None) -> int:
+    """Into how many parts the mesh in use cuts an array axis of `size` (`constrain`); 1 if it does not divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    parts = math.prod(mesh.shape[axis] for axis in _mesh_axes(names))
+    return 1 if size % parts else parts
+
+
+def _mesh_axes(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return tuple(axis for name in _as_tuple(names) for axis in _as_tuple(dict(RULES)[name]))
 
 
 def batch_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:

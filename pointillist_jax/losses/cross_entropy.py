@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pointillist_jax.sharding import constrain, parts_of
+
 SLOTS = "xyzb"
-# Logits held at once: 32 MiB in float32.
+# Logits held at once by a device: 32 MiB in float32.
 _CHUNK_LOGITS = 1 << 23
 
 
@@ -59,12 +61,17 @@ def token_cross_entropy(
       table: one row per class.
       num_classes: rows from there on are padding and get no probability.
       z_loss: weight of the mean of log²(Σ exp logits), which keeps logits from drifting.
-      chunk_size: tokens per chunk and sequence; by default chosen so that a chunk's logits take 32 MiB.
+      chunk_size: tokens per chunk and sequence; by default chosen so that a chunk's logits take 32 MiB of a device.
     """
     batch, length, _ = hidden.shape
+    stretches = parts_of(length, "length")
     if chunk_size is None:
-        chunk_size = max(_CHUNK_LOGITS // (table.shape[0] * batch), 1)
+        logits = table.shape[0] // parts_of(table.shape[0], "vocab") * (batch // parts_of(batch, "batch"))
+        chunk_size = max(_CHUNK_LOGITS // logits, 1) * stretches
     chunks = max(-(-length // chunk_size), 1)
+    if stretches > 1:
+        # Padding would shift tokens from device to device.
+        chunks = next(n for n in range(chunks, length + 1) if length // stretches % n == 0)
     padding = -length % chunks
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     padded = jnp.pad(labels, ((0, 0), (0, padding)), constant_values=-1)
@@ -164,31 +171,45 @@ def marginal_loss(
 def _cross_entropy(hidden, labels, table, num_classes, z_loss, chunks):
     """(Σ loss, nll [B,T], correct [B,T])."""
 
-    def chunk(total, xs):
-        loss, nll, correct, _ = _chunk_loss(*xs, table, num_classes, z_loss)
-        return total + loss, (nll, correct)
+    def chunk(_, xs):
+        return None, _chunk_loss(*xs, table, num_classes, z_loss)[:3]
 
-    zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
-    total, (nll, correct) = lax.scan(chunk, zero, (_split(hidden, chunks), _split(labels, chunks)))
-    return total, _join(nll), _join(correct)
+    _, (loss, nll, correct) = lax.scan(chunk, None, (_split(hidden, chunks), _split(labels, chunks)))
+    return loss.sum(), _join(nll), _join(correct)
 
 
 def _forward(hidden, labels, table, num_classes, z_loss, chunks):
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
 
-    def chunk(carry, xs):
-        total, d_table_t = carry
-        loss, nll, correct, d_logits = _chunk_loss(*xs, table, num_classes, z_loss)
+    # Every device adds up its own tokens' share; one sum over devices follows. (Added up for all devices at once, the
+    # table's gradient would cross the network with every chunk.)
+    rows, stretches = parts_of(hidden.shape[0], "batch"), parts_of(hidden.shape[1] // chunks, "length")
+    apart = rows * stretches > 1
+
+    def by_device(x):
+        x = x.reshape(rows, x.shape[0] // rows, stretches, x.shape[1] // stretches, x.shape[2])
+        return constrain(x, "batch", None, "length", None, "vocab" if x.shape[-1] == table.shape[0] else None)
+
+    def chunk(d_table_t, xs):
+        *losses, d_logits = _chunk_loss(*xs, table, num_classes, z_loss)
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("BTV,VD->BTD", d_logits, table.astype(hidden.dtype))
         # Transposed: XLA's CPU back end would otherwise transpose the logits, not the narrow hidden states.
-        d_table_t += jnp.einsum("BTD,BTV->DV", xs[0], d_logits, preferred_element_type=dtype)
-        return (total + loss, d_table_t), (nll, correct, d_hidden)
+        if apart:
+            share = jnp.einsum("RBSTD,RBSTV->RSDV", by_device(xs[0]), by_device(d_logits), preferred_element_type=dtype)
+            d_table_t = constrain(d_table_t + share, "batch", "length", None, "vocab")
+        else:
+            d_table_t += jnp.einsum("BTD,BTV->DV", xs[0], d_logits, preferred_element_type=dtype)
+        return d_table_t, (*losses, d_hidden)
 
-    start = jnp.zeros((), dtype), jnp.zeros(table.shape[::-1], dtype)
+    shape = table.shape[::-1]
+    start = jnp.zeros((rows, stretches, *shape) if apart else shape, dtype)
     xs = _split(hidden, chunks), _split(labels, chunks)
-    (total, d_table_t), (nll, correct, d_hidden) = lax.scan(chunk, start, xs)
-    return (total, _join(nll), _join(correct)), (_join(d_hidden), d_table_t.T, jnp.zeros((), table.dtype))
+    d_table_t, (loss, nll, correct, d_hidden) = lax.scan(chunk, start, xs)
+    if apart:
+        d_table_t = d_table_t.sum((0, 1))
+    value = loss.sum(), _join(nll), _join(correct)
+    return value, (_join(d_hidden), d_table_t.T, jnp.zeros((), table.dtype))
 
 
 def _backward(num_classes, z_loss, chunks, residuals, cotangents):
@@ -201,7 +222,7 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def _chunk_loss(hidden, labels, table, num_classes, z_loss):
-    """(Σ loss, nll, correct, gradient of the sum by the logits) of a few tokens."""
+    """(loss, nll, correct, gradient of the loss by the logits) of a few tokens."""
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     logits = jnp.einsum("BTD,VD->BTV", hidden, table.astype(hidden.dtype), preferred_element_type=dtype)
     classes = jnp.arange(table.shape[0])
@@ -215,7 +236,7 @@ def _chunk_loss(hidden, labels, table, num_classes, z_loss):
     label_logit = jnp.take_along_axis(logits, label, axis=-1)
     log_sum = top + jnp.log(total)
     nll = jnp.where(used, (log_sum - label_logit)[..., 0], 0)
-    loss = jnp.sum(nll + jnp.where(used, z_loss * log_sum[..., 0] ** 2, 0))
+    loss = nll + jnp.where(used, z_loss * log_sum[..., 0] ** 2, 0)
     correct = used & (label_logit >= top)[..., 0]
     d_logits = exp * ((1 + 2 * z_loss * log_sum) / total) - (classes == label)
     return loss, nll, correct, jnp.where(used[..., None], d_logits, 0)

@@ -21,13 +21,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pointillist_jax.configs import ModelConfig
-from pointillist_jax.models.attention import LSE_NAME, OUTPUT_NAME, attention
+from pointillist_jax.models.attention import LSE_NAME, OUTPUT_NAME, attention, parallel_attention
 from pointillist_jax.models.blocks import attention_specs, cast_layer, mlp, mlp_specs, project_heads, project_out
 from pointillist_jax.models.layers import (
     Params,
     ParamSpec,
     computed_once,
-    constrain,
     declare,
     matrix,
     ones,
@@ -38,6 +37,7 @@ from pointillist_jax.models.layers import (
     unstack_layers,
     zeros,
 )
+from pointillist_jax.sharding import constrain
 from pointillist_jax.tokens import SLOTS
 
 FOURIER_OCTAVES = 10  # Up to the Nyquist frequency of 1024 bins.
@@ -158,18 +158,12 @@ def run_layers(
     angles = computed_once(make_angles, positions)
     context = norm_context(params, config, context)
 
-    def attend_self(q, k, v):
-        # Every query needs keys of the whole window: heads, not positions, lie on the context axis here.
-        q, k, v = (constrain(x, "batch", None, ("heads", "length"), None) for x in (q, k, v))
-        options = {"implementation": config.attention, "block_size": config.attention_block}
-        return attention(q, k, v, causal=True, window=config.window, **options), None
+    how = {"implementation": config.attention, "block_size": config.attention_block}
 
-    attend_cross = functools.partial(
-        attention,
-        kv_lengths=context_lengths,
-        implementation=config.attention,
-        block_size=config.attention_block,
-    )
+    def attend_self(q, k, v):
+        return parallel_attention(q, k, v, causal=True, window=config.window, **how), None
+
+    attend_cross = functools.partial(parallel_attention, causal=False, kv_lengths=context_lengths, **how)
 
     def run_layer(x, layer):
         layer = cast_layer(layer, config.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pointillist_jax.files import UserError
+from pointillist_jax.sharding import constrain, logical_spec, parts_of
+from renderer_bridge.varying import axes_of, vary
 
 IMPLEMENTATIONS = ("auto", "cudnn", "chunked", "xla")
 # Names that remat policies save: the output of an attention, and its log-sum-exp, spare its recomputation.
@@ -77,6 +79,39 @@ def attention(
         if implementation == "xla":
             return _dense(q, k, v, causal, window, kv_lengths)
         return _chunked(q, k, v, kv_lengths, _Plan.make(q.shape[1], k.shape[1], causal, window, block_size))
+
+
+def parallel_attention(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], *, causal: bool, **how: Any
+) -> Float[Array, "B T N H"]:
+    """`attention` of queries whose positions lie on the mesh's context axis (`sharding.RULES`), as does the result.
+
+    A device of the context axis has all keys of a condition (`causal` False), so it needs nothing of the others. Among
+    themselves the devices exchange positions for heads, attend over whole windows with few heads each, and exchange
+    back: four all-to-alls of the window's share, where gathering keys and values would move `context` times as much.
+    Heads that do not divide over tensor × context are attended whole by every device of the context axis.
+    """
+    whole = functools.partial(attention, causal=causal, **how)
+    parts = parts_of(q.shape[1], "length")
+    if parts == 1:
+        return whole(q, k, v)
+    if causal and min(parts_of(x.shape[2], ("heads", "length")) for x in (q, k)) == 1:
+        return whole(*(constrain(x, "batch", None, "heads", None) for x in (q, k, v)))
+    lengths = how.pop("kv_lengths", None)
+
+    def local(q, k, v, lengths):
+        if causal:
+            exchange = functools.partial(lax.all_to_all, axis_name="context", tiled=True)
+            q, k, v = (exchange(x, split_axis=2, concat_axis=1) for x in (q, k, v))
+        else:  # Their gradients are sums over the devices that they are the same on.
+            k, v = vary((k, v), axes_of(q))
+        out = attention(q, k, v, causal=causal, kv_lengths=lengths, **how)
+        return exchange(out, split_axis=1, concat_axis=2) if causal else out
+
+    queries = logical_spec(q.shape, "batch", "length", "heads", None)
+    keys = queries if causal else logical_spec(k.shape, "batch", None, "heads", None)
+    in_specs = queries, keys, keys, None if lengths is None else logical_spec(lengths.shape, "batch")
+    return jax.shard_map(local, in_specs=in_specs, out_specs=queries)(q, k, v, lengths)
 
 
 def cached_attention(
@@ -240,6 +275,7 @@ def _chunked_forward(q, k, v, kv_lengths, plan: _Plan):
 
     rows = (*q_tiles.shape[:-1], 1)
     start = jnp.zeros(q_tiles.shape, dtype), jnp.full(rows, _LOWEST, dtype), jnp.zeros(rows, dtype)
+    start = vary(start, axes_of(q_tiles))  # Inside `parallel_attention`.
     out, top, total = plan.scan(tile, start, padded=kv_lengths is not None)
     total = jnp.where(total > 0, total, 1)  # No key at all: zeros, and no NaN in the gradient.
     out = checkpoint_name(_merge(out / total, q.shape, plan).astype(q.dtype), OUTPUT_NAME)
@@ -274,6 +310,7 @@ def _chunked_backward(plan: _Plan, residuals, out_bar):
         return dq_t, dk, dv
 
     start = jnp.zeros(q_t.shape, dtype), jnp.zeros(k_tiles.shape, dtype), jnp.zeros(v_tiles.shape, dtype)
+    start = vary(start, axes_of(q_tiles))  # Inside `parallel_attention`.
     dq_t, dk, dv = plan.scan(tile, start, padded=kv_lengths is not None)
     dq = _merge(jnp.swapaxes(dq_t, -1, -2), out.shape, plan) * scale
     dk, dv = _merge_keys(dk, key_shape) * scale, _merge_keys(dv, key_shape)

@@ -26,7 +26,6 @@ from pointillist_jax.models.blocks import attention_specs, cast_layer, mlp, mlp_
 from pointillist_jax.models.layers import (
     Params,
     ParamSpec,
-    constrain,
     declare,
     linear,
     linear_specs,
@@ -36,6 +35,7 @@ from pointillist_jax.models.layers import (
     unstack_layers,
     zeros,
 )
+from pointillist_jax.sharding import constrain
 
 # Outputs of the head, in this order: colour, opacity, scale, rotation, offset.
 OUTPUTS = {"colors": 3, "opacities": 1, "scales": 3, "quats": 4, "offsets": 3}

@@ -17,10 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
-
-from pointillist_jax.sharding import RULES
 
 Params = Mapping[str, Any]
 Initializer = Callable[[Array, tuple[int, ...], Any], Array]
@@ -96,24 +93,6 @@ def stack_layers(layers: Any) -> Any:
 def cast(params: Any, dtype: Any) -> Any:
     """Weights in the dtype of the computation; the float32 originals stay with the optimiser."""
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
-
-
-def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
-    """Lays `x` out on the mesh in use by its logical axes (`sharding.RULES`); nothing happens without a mesh.
-
-    An entry may be several logical axes, whose mesh axes are then joined. An axis that does not divide stays whole.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return x
-    spec = []
-    for size, names in zip(x.shape, axes, strict=True):
-        mesh_axes: list[str] = []
-        for name in (names,) if isinstance(names, str) else names or ():
-            found = dict(RULES)[name] or ()
-            mesh_axes += [found] if isinstance(found, str) else found
-        spec.append(tuple(mesh_axes) if size % math.prod(mesh.shape[a] for a in mesh_axes) == 0 else None)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def rms_norm(x: Float[Array, "*b D"], scale: Float[Array, "D"], eps: float = 1e-6) -> Float[Array, "*b D"]:
@@ -226,11 +205,33 @@ def products(x: Float[Array, "*b I"], *weights: Float[Array, "I _"]) -> list[Flo
     few tokens, where copying the weights would cost more than the product. (What a batch holds must not decide: the
     two ways round differently, and a row's result is not to depend on its neighbours.)
     """
-    few = x.ndim < 3 or x.shape[-2] < x.shape[-1]
-    if jax.sharding.get_abstract_mesh().size > 1 or few:
+    mesh, few = jax.sharding.get_abstract_mesh(), x.ndim < 3 or x.shape[-2] < x.shape[-1]
+    if not mesh.empty and mesh.shape["tensor"] > 1 and len({w.shape for w in weights}) == 1:
+        return list(_products_apart(x, weights))
+    if mesh.size > 1 or few:
         return [product(x, w) for w in weights]
     ends = np.cumsum([w.shape[1] for w in weights])
     return jnp.split(product(x, jnp.concatenate(weights, axis=1)), ends[:-1], axis=-1)
+
+
+@jax.custom_vjp
+def _products_apart(x, weights):
+    return tuple(x @ w for w in weights)
+
+
+def _products_apart_forward(x, weights):
+    return _products_apart(x, weights), (x, weights)
+
+
+def _products_apart_backward(residuals, y_bars):
+    # A device of the tensor axis has its columns' share of the gradient of x. The shares of all weights are one product
+    # here, so that they are summed over the devices once: of a product for each weight XLA sums every one.
+    x, weights = residuals
+    x_bar = jnp.einsum("...wO,wIO->...I", jnp.stack(y_bars, axis=-2), jnp.stack(weights))
+    return x_bar, tuple(_product_backward((x, w), y_bar)[1] for w, y_bar in zip(weights, y_bars, strict=True))
+
+
+_products_apart.defvjp(_products_apart_forward, _products_apart_backward)
 
 
 def rotate(x: Float[Array, "*b T N H"], angles: tuple[Array, Array]) -> Float[Array, "*b T N H"]:

@@ -32,7 +32,8 @@ from jaxtyping import Array, Float, Int
 from pointillist_jax.configs import ModelConfig
 from pointillist_jax.models.ar import embed_tokens, run_layers
 from pointillist_jax.models.blocks import cast_layer, mlp
-from pointillist_jax.models.layers import Params, cast, constrain, rms_norm, unstack_layers
+from pointillist_jax.models.layers import Params, cast, rms_norm, unstack_layers
+from pointillist_jax.sharding import constrain
 from pointillist_jax.tokens import SLOTS
 
 

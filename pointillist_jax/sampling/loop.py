@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pointillist_jax.models.ar import accumulator
-from pointillist_jax.models.layers import Params, constrain
+from pointillist_jax.models.layers import Params
 from pointillist_jax.sampling import choose
 from pointillist_jax.sampling.steppers import Stepper
+from pointillist_jax.sharding import constrain
 from pointillist_jax.tokens import PointTokenizer
 
 

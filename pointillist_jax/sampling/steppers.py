@@ -35,7 +35,8 @@ from pointillist_jax.configs import ModelConfig
 from pointillist_jax.files import UserError
 from pointillist_jax.models.ar import accumulator, embed_tokens, norm_context, output_tables
 from pointillist_jax.models.blocks import cast_layer
-from pointillist_jax.models.layers import Params, constrain, rms_norm, rope_angles, rotate, unstack_layers
+from pointillist_jax.models.layers import Params, rms_norm, rope_angles, rotate, unstack_layers
+from pointillist_jax.sharding import constrain
 
 CACHE_DTYPES = ("float32", "bfloat16", "float64", "int8")
 _MASKED = -1e30  # Finite: a row of a batch that stands idle must not become NaN.

@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,7 @@ class Checkpoints:
             raise
         finally:
             if failed and jax.process_index() == 0:
-                for rest in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(rest, ignore_errors=True)
+                _remove_rests(self.folder)
 
     @property
     def steps(self) -> list[int]:
@@ -254,6 +254,15 @@ def _writing(folder: Path) -> Iterator[None]:
         if isinstance(error, OSError) or (isinstance(error, ValueError) and re.match(r"[A-Z_]{4,}: ", str(error))):
             raise WriteError(folder, error) from None
         raise
+
+
+def _remove_rests(folder: Path, patience: float = 5.0) -> None:
+    """Removes what a failed save has left. TensorStore's other writes may still go on, and make files again."""
+    limit = time.monotonic() + patience
+    while (rests := list(folder.glob("*.orbax-checkpoint-tmp*"))) and time.monotonic() < limit:
+        for rest in rests:
+            shutil.rmtree(rest, ignore_errors=True)
+        time.sleep(0.2)
 
 
 def _steps_in(workdir: str | os.PathLike) -> tuple[Path, list[int]]:

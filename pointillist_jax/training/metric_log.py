@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -34,7 +35,7 @@ class MetricLog:
     def __init__(self, workdir: str | os.PathLike, start: int, steps: int, *, bar: bool = True):
         self._file = self._board = None
         if jax.process_index() == 0:
-            workdir = Path(workdir)
+            self._workdir = workdir = Path(workdir)
             workdir.mkdir(parents=True, exist_ok=True)
             path = workdir / "metrics.jsonl"
             kept = [line for line in _lines(path) if line["step"] <= start]
@@ -50,9 +51,11 @@ class MetricLog:
     def __exit__(self, *_) -> None:
         self._bar.close()
         if self._file:
-            with naming(self._file.name):
+            # A disk that was full from the start leaves files without a line.
+            with naming(self._file.name), contextlib.ExitStack() as last:
+                last.callback(_remove_empty, self._workdir)
+                last.callback(self._board.close)
                 self._file.close()
-            self._board.close()
 
     def advance(self) -> None:
         """One step further."""
@@ -97,6 +100,12 @@ class _Board:
     def close(self) -> None:
         with naming(self._folder):
             self._writer.close()
+
+
+def _remove_empty(workdir: Path) -> None:
+    for path in (workdir / "metrics.jsonl", *(workdir / "tensorboard").glob("events*")):
+        if path.exists() and path.stat().st_size == 0:
+            path.unlink()
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:

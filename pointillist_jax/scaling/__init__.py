@@ -1,0 +1,1 @@
+"""What a training step costs on many devices, before it runs there (`experiments.scaling_study`)."""

@@ -1,0 +1,127 @@
+"""Bytes of one device in a step of stage one, from shapes alone: no compiler is asked.
+
+  state      exact: parameters, moments, average, as they lie on the mesh;
+  kept       what the backward pass needs of the device's windows, by the shapes of the residuals of the model that a
+             device runs: its share of heads, feed-forward width, classes and positions;
+  the rest   gradients, gathered weights, logits, buffers: `FACTORS` times known sizes. The factors are fitted to what
+             XLA's CPU compiler reports on a few meshes; `experiments.scaling_study --mode=predict` prints the error on
+             the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from pointillist_jax.configs import ModelConfig, TrainConfig
+from pointillist_jax.models.ar import param_specs
+from pointillist_jax.models.condition import context_length
+from pointillist_jax.models.layers import init_params
+from pointillist_jax.sharding import abstract_mesh
+from pointillist_jax.training.ar import training_window, window_loss
+from pointillist_jax.training.state import abstract_state, make_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device, and the sizes that they are predicted from.
+
+    Attributes:
+      state: of the train state, which lives between steps. batch: of its part of the batch.
+      kept: residuals of the device's windows (of one micro-batch).
+      gradients: of its part of the parameters.
+      layer: one layer's weights as they are gathered. table: the classifiers' gradients before they are summed.
+    """
+
+    state: int
+    batch: int
+    kept: int
+    gradients: int
+    layer: int
+    table: int
+
+    @property
+    def temporary(self) -> float:
+        """Predicted: what a step needs beside its arguments."""
+        return sum(factor * getattr(self, name) for name, factor in FACTORS.items())
+
+    @property
+    def total(self) -> float:
+        return self.state + self.batch + self.temporary
+
+
+# Of `Memory`'s sizes in `temporary`.
+FACTORS = {"kept": 1.0, "gradients": 1.0, "layer": 0.0, "table": 1.0}
+
+
+def stage_one_memory(model: ModelConfig, train: TrainConfig, mesh: Mapping[str, int], batch: int) -> Memory:
+    """Of the transformer's step on a mesh, contexts given.
+
+    Args:
+      mesh: sizes of data, fsdp, tensor, context. batch: windows of all devices.
+    """
+    abstract = abstract_mesh(mesh)
+    init = functools.partial(init_params, param_specs(model), boxed=True)
+    state, _ = abstract_state(init, make_optimizer(train), train, jax.random.PRNGKey(0), abstract)
+    windows = batch // (abstract.shape["data"] * abstract.shape["fsdp"])
+    local = device_model(model, abstract)
+    length, context = training_window(model)["window"], context_length(model)
+    micro = max(windows // train.accumulate, 1)
+    each = residual_bytes(local, 2, context) - residual_bytes(local, 1, context)
+    params = jax.tree.leaves(state.params)
+    layers = jax.eval_shape(lambda key: init_params(param_specs(local), key), jax.random.PRNGKey(0))["layers"]
+    rows = model.tokenizer.padded_vocab_size * model.width / abstract.shape["tensor"]
+    slots = 4 if model.loss_support == "vocab" else 4 / 3
+    return Memory(
+        state=sum(map(_local_bytes, jax.tree.leaves(state))),
+        batch=windows * (13 * length + 4 * context * model.width),
+        kept=micro * each,
+        gradients=sum(map(_local_bytes, params)),
+        layer=sum(x.size * 4 for x in jax.tree.leaves(layers)) // model.layers,
+        table=int(4 * slots * rows),
+    )
+
+
+def device_model(model: ModelConfig, mesh: AbstractMesh) -> ModelConfig:
+    """The model whose residuals are those that one device keeps: its share of what the mesh cuts."""
+    tensor, context = mesh.shape["tensor"], mesh.shape["context"]
+
+    def share(size: int, parts: int) -> int:
+        return size // parts if size % parts == 0 else size
+
+    kv_heads = share(model.num_kv_heads, tensor)
+    return dataclasses.replace(
+        model,
+        heads=share(model.heads, tensor),
+        kv_heads=kv_heads,
+        mlp_width=share(model.mlp_width, tensor),
+        window=share(model.window, context),
+    )
+
+
+def residual_bytes(model: ModelConfig, windows: int, context: int) -> int:
+    """Bytes between forward and backward of the loss of so many windows, the parameters it needs again included."""
+    length = training_window(model)["window"]
+    params = jax.eval_shape(lambda key: init_params(param_specs(model), key), jax.random.PRNGKey(0))
+    batch: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct((windows, length), jnp.int32) for name in ("tokens", "targets", "positions")
+    }
+    batch["mask"] = jax.ShapeDtypeStruct((windows, length), bool)
+    contexts = jax.ShapeDtypeStruct((windows, context, model.width), jnp.float32)
+
+    def pullback(params, batch, context):
+        return jax.vjp(lambda p, c: window_loss(p, model, batch, c).total, params, context)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(pullback, params, batch, contexts))
+    return sum(x.size * x.dtype.itemsize for x in kept)
+
+
+def _local_bytes(x: jax.ShapeDtypeStruct) -> int:
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
