@@ -17,18 +17,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
 from experiments.common import Seconds, alternate_clocks, json_line, milliseconds, run, whole_numbers
 from experiments.config_flags import define_config
 from experiments.heads import DETAILS
-from experiments.made_up import made_up_avatar
-from experiments.motions import turn_and_talk
-from pointillist_jax.cameras import orbit
+from experiments.step_programs import made_up_batch
 from pointillist_jax.configs import DecoderConfig
 from pointillist_jax.convert import load_torch_file, lpips_from_torch
-from pointillist_jax.data.token_store import FLAME_FIELDS
 from pointillist_jax.flame import FlameModel, open_head
 from pointillist_jax.sharding import make_mesh, shard_batch
 from pointillist_jax.training import decoder
@@ -66,35 +62,11 @@ def main() -> None:
     json_line("stage_two", found | {"decoder": dataclasses.asdict(settings), "rows": rows})
 
 
-def made_up_batch(head: FlameModel, settings: DecoderConfig, points: int, size: int) -> dict[str, Any]:
-    """What `data.subject_views` would give."""
-    B, K, rng = SUBJECTS.value, settings.views, np.random.default_rng(0)
-    people = [made_up_avatar(head, points, seed) for seed in range(B)]
-    motion, canonical = turn_and_talk(head, B * K), people[0].rig.canonical
-    cameras = orbit(B * K, width=size, height=size, distance=1.2, azimuth=(-1.0, 1.0), closed=False)
-    timed = [name for name in FLAME_FIELDS if name != "shape"]
-    batch = {
-        "points": np.stack([person.gaussians.means for person in people]),
-        "binding": np.stack([person.rig.binding for person in people]),
-        "num_points": np.full(B, points, np.int32),
-        "hidden": rng.normal(size=(B, points, 4, settings.feature_width)).astype(np.float16),
-        "canonical": {name: np.stack([np.asarray(getattr(canonical, name))] * B) for name in FLAME_FIELDS},
-        "flame": {name: np.asarray(getattr(motion, name)).reshape(B, K, -1) for name in timed},
-        "viewmats": np.asarray(cameras.viewmats).reshape(B, K, 4, 4),
-        "Ks": np.asarray(cameras.Ks).reshape(B, K, 3, 3),
-        "image": rng.integers(0, 256, (B, K, size, size, 3), dtype=np.uint8),
-        "weight": np.ones((B, K), np.float32),
-    }
-    if settings.cross_attention:
-        batch["context"] = rng.normal(size=(B, 64, settings.context_width)).astype(np.float32)
-    return batch
-
-
 def measure(settings: DecoderConfig, head: FlameModel, lpips: Any, points: int, size: int) -> dict[str, Any]:
     """Milliseconds of the parts and of the whole, by the wall clock and on the CPU."""
     mesh = make_mesh("", jax.devices()[:1])
     frozen, optimizer = decoder.frozen_on(mesh, head, lpips), make_optimizer(settings.train)
-    batch = shard_batch(made_up_batch(head, settings, points, size), mesh)
+    batch = shard_batch(made_up_batch(head, settings, SUBJECTS.value, points, size), mesh)
     with jax.set_mesh(mesh):
         state, _ = init_state(decoder.init_params(settings), optimizer, settings.train, jax.random.PRNGKey(0), mesh)
         step = decoder.GrowingStep(

@@ -13,7 +13,6 @@ to be equal first. --sweep tables the rematerialisation policies with layers sca
 from __future__ import annotations
 
 import dataclasses
-import functools
 import resource
 import time
 from collections.abc import Callable
@@ -27,15 +26,14 @@ from tqdm import tqdm
 
 from experiments.common import Seconds, alternate_clocks, json_line, run
 from experiments.config_flags import define_config
+from experiments.step_programs import random_windows, stage_one
 from pointillist_jax.configs import ModelConfig, TrainConfig
 from pointillist_jax.files import UserError
 from pointillist_jax.flops import device_peak, training_flops, transformer_flops
 from pointillist_jax.models.ar import param_specs
 from pointillist_jax.models.condition import context_length
-from pointillist_jax.models.layers import init_params
-from pointillist_jax.sharding import make_mesh, shard_batch
-from pointillist_jax.training.ar import training_window, window_loss
-from pointillist_jax.training.state import init_state, jit_step, make_optimizer, train_step
+from pointillist_jax.models.layers import count_parameters, init_params
+from pointillist_jax.sharding import make_mesh
 
 CONFIG = define_config("model", "train")
 WINDOWS = flags.DEFINE_list("windows", [], "Window lengths, multiples of 4; the preset's if not given.")
@@ -76,7 +74,7 @@ def main() -> None:
     figures: dict[str, Any] = {
         "preset": flags.FLAGS["config"].value,
         "model": dataclasses.asdict(config.model),
-        "parameters": _count(param_specs(config.model)),
+        "parameters": count_parameters(param_specs(config.model)),
         "batch": BATCH.value,
         "context": context,
         "rows": rows,
@@ -88,7 +86,7 @@ def main() -> None:
 
 
 def card(model: ModelConfig, context: int, device: jax.Device) -> None:
-    sizes = {name: _count(specs) for name, specs in param_specs(model).items()}
+    sizes = {name: count_parameters(specs) for name, specs in param_specs(model).items()}
     total, flops = sum(sizes.values()), transformer_flops(model, context)
     parts = ", ".join(f"{name} {size / 1e6:.2f} M" for name, size in sizes.items() if size > 1e4)
     print(f"{device.device_kind}: {total / 1e6:.2f} M parameters ({parts})")
@@ -100,9 +98,9 @@ def card(model: ModelConfig, context: int, device: jax.Device) -> None:
 
 def measure(model: ModelConfig, train: TrainConfig, context: int, device: jax.Device) -> dict[str, Any]:
     """One row: the step's figures, and torch's beside them."""
-    batch = random_batch(np.random.default_rng(SEED.value), model, context)
+    batch = random_windows(np.random.default_rng(SEED.value), model, BATCH.value, context)
     params = jax.tree.map(np.asarray, init_params(param_specs(model), jax.random.PRNGKey(SEED.value)))
-    program = jax_program(model, train, batch)
+    program = jax_program(model, train, context)
     cases, compile_s = {"jax": program.step}, {"jax": program.compile_s}
     if AGAINST.value == "torch":
         twin = torch_program(model, train, batch, params)
@@ -150,7 +148,6 @@ def measure(model: ModelConfig, train: TrainConfig, context: int, device: jax.De
 def sweep(model: ModelConfig, train: TrainConfig, context: int) -> list[dict[str, Any]]:
     """Every rematerialisation policy with layers scanned and unrolled: compile time, step time, memory."""
     rows = []
-    batch = random_batch(np.random.default_rng(SEED.value), model, context)
     heads = f"{'remat':<12}{'layers':<10}{'compile s':>10}{'ms a step':>11}{'CPU ms':>9}{'temp MiB':>10}"
     print(f"\nwindow {model.window:<8}{heads}")
     for scan in (True, False):
@@ -158,7 +155,7 @@ def sweep(model: ModelConfig, train: TrainConfig, context: int) -> list[dict[str
             changed = dataclasses.replace(model, scan_layers=scan, remat=remat)
             row: dict[str, Any] = {"remat": remat, "layers": "scanned" if scan else "unrolled"}
             try:
-                program = jax_program(changed, train, batch)
+                program = jax_program(changed, train, context)
                 spent = alternate_clocks({"jax": program.step}, ROUNDS.value)["jax"]
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
@@ -176,42 +173,17 @@ def sweep(model: ModelConfig, train: TrainConfig, context: int) -> list[dict[str
     return rows
 
 
-def random_batch(rng: np.random.Generator, model: ModelConfig, context: int) -> dict[str, np.ndarray]:
-    """True beginnings of random clouds, as `data.windows` gives them, with a context [B,S,D] float32."""
-    length, sequences = training_window(model)["window"], []
-    for _ in range(BATCH.value):
-        points = rng.uniform(-0.25, 0.25, (length // 4 + 1, 3))
-        sequences.append(model.tokenizer.encode(points, rng.integers(0, model.num_faces, len(points)))[: length + 1])
-    tokens = np.stack(sequences)
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "mask": np.ones((BATCH.value, length), bool),
-        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (BATCH.value, length)),
-        "context": rng.normal(size=(BATCH.value, context, model.width)).astype(np.float32),
-    }
-
-
-def jax_program(model: ModelConfig, train: TrainConfig, batch: dict[str, np.ndarray]) -> Program:
+def jax_program(model: ModelConfig, train: TrainConfig, context: int) -> Program:
     """The project's own train step on a given context."""
-
-    def loss_fn(params, batch, key):
-        del key
-        loss = window_loss(params, model, batch, batch["context"])
-        return loss.total, loss.count, {}
-
-    mesh, optimizer = make_mesh(MESH.value), make_optimizer(train)
-    init = functools.partial(init_params, param_specs(model), boxed=True)
-    state, _ = init_state(init, optimizer, train, jax.random.PRNGKey(SEED.value), mesh)
+    program = stage_one(model, train, make_mesh(MESH.value), BATCH.value, context, SEED.value)
     # The plain initialisation, so that torch can have the same.
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(program.mesh):
         fresh = nn.unbox(init_params(param_specs(model), jax.random.PRNGKey(SEED.value), boxed=True))
+        state = program.make_state()
         params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), fresh, state.params)
-        holder = [state.replace(params=params)]
-        on_device = shard_batch(dict(batch), mesh)
-        step = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=train)
+        holder, on_device = [state.replace(params=params)], program.make_batch()
         start = time.perf_counter()
-        compiled = jit_step(step, holder[0]).lower(holder[0], on_device).compile()
+        compiled = program.compile()
         compile_s = time.perf_counter() - start
 
     def once() -> float:
@@ -280,10 +252,6 @@ def _counted(case: Callable[[], Any], bar: tqdm) -> Callable[[], None]:
         bar.update()
 
     return counted
-
-
-def _count(specs: Any) -> int:
-    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(specs, is_leaf=lambda x: hasattr(x, "init")))
 
 
 def _window(text: str) -> int:

@@ -10,11 +10,8 @@ alone, FLOPs by `pointillist_jax/flops.py`, peaks from datasheets. docs/gpu_and_
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from absl import flags
 
@@ -25,8 +22,8 @@ from pointillist_jax.flops import PEAKS, training_flops, transformer_flops
 from pointillist_jax.models import gaussian_decoder
 from pointillist_jax.models.ar import param_specs
 from pointillist_jax.models.condition import condition_specs, context_length, encoder_specs
-from pointillist_jax.models.layers import init_params
-from pointillist_jax.training.ar import training_window, window_loss
+from pointillist_jax.models.layers import count_parameters
+from pointillist_jax.scaling.memory import residual_bytes
 
 PRESET_NAMES = flags.DEFINE_list("presets", list(PRESETS), "Which presets.")
 DEVICES = flags.DEFINE_list("devices", ["L40S", "A100", "H100", "H200", "B200"], f"Of {', '.join(PEAKS)}.")
@@ -89,10 +86,10 @@ def needs_of(config: Config) -> Needs:
     model = config.model
     decoder = config.decoder.for_features(model.tokenizer, model.width, context_tokens=context_length(model))
     return Needs(
-        transformer=count(param_specs(model)),
-        condition=count(condition_specs(model)),
-        encoders=count(encoder_specs(model)) if model.encoder.frozen else 0,
-        decoder=count(gaussian_decoder.param_specs(decoder)),
+        transformer=count_parameters(param_specs(model)),
+        condition=count_parameters(condition_specs(model)),
+        encoders=count_parameters(encoder_specs(model)) if model.encoder.frozen else 0,
+        decoder=count_parameters(gaussian_decoder.param_specs(decoder)),
         kept=residual_bytes(model, 2) - residual_bytes(model, 1),
         tokens=model.window_tokens,
         window_flops=training_flops(transformer_flops(model, context_length(model))),
@@ -102,32 +99,10 @@ def needs_of(config: Config) -> Needs:
     )
 
 
-def count(specs: Any) -> int:
-    """Parameters of a tree of `layers.ParamSpec`s."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(specs, is_leaf=lambda x: hasattr(x, "init")))
-
-
 def decode_bytes(model: ModelConfig) -> int:
     """Bytes that a step of generation reads at batch 1."""
     cached = model.layers * (model.window + context_length(model)) * 2 * model.num_kv_heads * model.head_dim
-    return (count(param_specs(model)) + cached) * jnp.dtype(model.dtype).itemsize
-
-
-def residual_bytes(model: ModelConfig, windows: int) -> int:
-    """Bytes between forward and backward of the loss of so many windows, the parameters it needs again included."""
-    length = training_window(model)["window"]
-    params = jax.eval_shape(lambda key: init_params(param_specs(model), key), jax.random.PRNGKey(0))
-    batch: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct((windows, length), jnp.int32) for name in ("tokens", "targets", "positions")
-    }
-    batch["mask"] = jax.ShapeDtypeStruct((windows, length), bool)
-    context = jax.ShapeDtypeStruct((windows, context_length(model), model.width), jnp.float32)
-
-    def pullback(params, batch, context):
-        return jax.vjp(lambda p, c: window_loss(p, model, batch, c).total, params, context)[1]
-
-    kept = jax.tree.leaves(jax.eval_shape(pullback, params, batch, context))
-    return sum(x.size * x.dtype.itemsize for x in kept)
+    return (count_parameters(param_specs(model)) + cached) * jnp.dtype(model.dtype).itemsize
 
 
 def size_table(needs: dict[str, Needs]) -> str:

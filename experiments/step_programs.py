@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pointillist_jax.configs import ModelConfig, TrainConfig
+from experiments.made_up import made_up_avatar
+from experiments.motions import turn_and_talk
+from pointillist_jax.cameras import orbit
+from pointillist_jax.configs import DecoderConfig, ModelConfig, TrainConfig
+from pointillist_jax.data.token_store import FLAME_FIELDS
+from pointillist_jax.flame import FlameModel, open_head
 from pointillist_jax.models.ar import param_specs
 from pointillist_jax.models.layers import init_params
-from pointillist_jax.sharding import batch_sharding, shard_batch
+from pointillist_jax.sharding import batch_sharding, require_share, shard_batch
+from pointillist_jax.training import decoder
 from pointillist_jax.training.ar import training_window, window_loss
 from pointillist_jax.training.state import TrainState, abstract_state, init_state, jit_step, make_optimizer, train_step
 
@@ -59,6 +64,7 @@ def stage_one(
         loss = window_loss(params, model, batch, batch["context"])
         return loss.total, loss.count, {}
 
+    require_share(batch, mesh)
     optimizer, key = make_optimizer(train), jax.random.PRNGKey(seed)
     init = functools.partial(init_params, param_specs(model), boxed=True)
     abstract, _ = abstract_state(init, optimizer, train, key, mesh)
@@ -74,6 +80,58 @@ def stage_one(
         lambda: shard_batch(random_windows(np.random.default_rng(seed), model, batch, context), mesh),
         batch * model.window_tokens,
     )
+
+
+def stage_two(config: DecoderConfig, mesh: Mesh, subjects: int, points: int, size: int, seed: int = 0) -> StepProgram:
+    """The decoder's step through the renderer, on made-up people and photographs, over the coarse open head.
+
+    The renderer has room for twice the intersections that clouds of this kind have; a loss of NaN says that it was not
+    enough.
+
+    Args:
+      subjects: of all devices. points: of a person. size: of a picture, pixels.
+    """
+    require_share(subjects, mesh)
+    head, optimizer, key = open_head("coarse"), make_optimizer(config.train), jax.random.PRNGKey(seed)
+    init, frozen = decoder.init_params(config), decoder.frozen_on(mesh, head)
+    abstract, _ = abstract_state(init, optimizer, config.train, key, mesh)
+    make_batch = functools.partial(made_up_batch, head, config, subjects, points, size)
+    rows = batch_sharding(mesh)
+    loss_fn = decoder.make_loss(config, frozen, size, size, capacity=2 * decoder.first_capacity(points, size, size))
+    step = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=config.train)
+    return StepProgram(
+        mesh,
+        jit_step(step, abstract),
+        abstract,
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), make_batch()),
+        lambda: init_state(init, optimizer, config.train, key, mesh)[0],
+        lambda: shard_batch(make_batch(), mesh),
+        subjects * config.views,
+    )
+
+
+def made_up_batch(head: FlameModel, settings: DecoderConfig, subjects: int, points: int, size: int) -> dict[str, Any]:
+    """What `data.subject_views` would give."""
+    B, K, rng = subjects, settings.views, np.random.default_rng(0)
+    people = [made_up_avatar(head, points, seed) for seed in range(B)]
+    motion, canonical = turn_and_talk(head, B * K), people[0].rig.canonical
+    cameras = orbit(B * K, width=size, height=size, distance=1.2, azimuth=(-1.0, 1.0), closed=False)
+    timed = [name for name in FLAME_FIELDS if name != "shape"]
+    batch = {
+        "points": np.stack([person.gaussians.means for person in people]),
+        "binding": np.stack([person.rig.binding for person in people]),
+        "num_points": np.full(B, points, np.int32),
+        "hidden": rng.normal(size=(B, points, 4, settings.feature_width)).astype(np.float16),
+        "canonical": {name: np.stack([np.asarray(getattr(canonical, name))] * B) for name in FLAME_FIELDS},
+        "flame": {name: np.asarray(getattr(motion, name)).reshape(B, K, -1) for name in timed},
+        "viewmats": np.asarray(cameras.viewmats).reshape(B, K, 4, 4),
+        "Ks": np.asarray(cameras.Ks).reshape(B, K, 3, 3),
+        "image": rng.integers(0, 256, (B, K, size, size, 3), dtype=np.uint8),
+        "weight": np.ones((B, K), np.float32),
+    }
+    if settings.cross_attention:
+        batch["context"] = rng.normal(size=(B, 64, settings.context_width)).astype(np.float32)
+    return batch
 
 
 def random_windows(rng: np.random.Generator, model: ModelConfig, batch: int, context: int) -> dict[str, np.ndarray]:

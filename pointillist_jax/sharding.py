@@ -166,20 +166,24 @@ def batch_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """This process's part of a batch (`batch_share`; NumPy [B / count, ...]) → global arrays on the mesh."""
-    sharding, parts = batch_sharding(mesh), _batch_parts(mesh)
+    sharding = batch_sharding(mesh)
     count = batch_share(mesh)[1] if jax.process_count() > 1 else 1
 
     def one(x):
         x = np.asarray(x)
         size = x.shape[0] * count
-        if size % parts:
-            raise UserError(
-                f"a batch of {size} does not divide over data × fsdp = {parts} devices: change the batch size or the "
-                "mesh."
-            )
+        require_share(size, mesh)
         return jax.make_array_from_process_local_data(sharding, x, (size, *x.shape[1:]))
 
     return jax.tree.map(one, batch)
+
+
+def require_share(batch: int, mesh: Mesh) -> None:
+    """Raises UserError for a batch of examples that does not divide over the devices that are to share it."""
+    if batch % (parts := _batch_parts(mesh)):
+        raise UserError(
+            f"a batch of {batch} does not divide over data × fsdp = {parts} devices: change the batch size or the mesh."
+        )
 
 
 def _batch_parts(mesh: Mesh) -> int:

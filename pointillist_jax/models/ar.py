@@ -139,7 +139,7 @@ def hidden_states(
         from pointillist_jax.models.point_step import point_hidden_states  # It is made of this file's parts.
 
         return point_hidden_states(params, config, tokens, context, positions, context_lengths)
-    x = embed_tokens(params, config, tokens, jnp.arange(tokens.shape[1]) % 4)
+    x = embed_tokens(params, config, tokens, None if tokens.shape[1] % 4 == 0 else jnp.arange(tokens.shape[1]) % 4)
     return run_layers(params, config, x, context, positions, context_lengths)
 
 
@@ -234,9 +234,16 @@ def norm_context(params: Params, config: ModelConfig, context: Float[Array, "B S
 
 
 def embed_tokens(
-    params: Params, config: ModelConfig, tokens: Int[Array, "*b"], slots: Int[Array, "*b"]
+    params: Params, config: ModelConfig, tokens: Int[Array, "*b"], slots: Int[Array, "*b"] | None
 ) -> Float[Array, "*b D"]:
-    """Input embeddings in the dtype of the computation. `slots`: 0–3, where each token stands."""
+    """Input embeddings in the dtype of the computation.
+
+    Args:
+      slots: 0–3, where each token stands; None: whole points lie along the last axis.
+    """
+    whole_points = slots is None
+    if whole_points:
+        slots = jnp.arange(tokens.shape[-1]) % 4
     with jax.named_scope("embed"):
         table = params["embedding"].astype(config.dtype)
         x = table[tokens]
@@ -248,7 +255,10 @@ def embed_tokens(
         # Tables have rows of norm one, as a classifier wants them; the residual stream wants entries of size one.
         x = x * jnp.asarray(config.width**0.5, config.dtype)
         if config.slot_embedding:
-            x = x + params["slot_embedding"].astype(config.dtype)[slots]
+            rows = params["slot_embedding"].astype(config.dtype)
+            # By points: the gradient is then one sum over all of them, of four rows. The look-up's is one over the
+            # batch first, and on several devices a row for every position would cross the network.
+            x = (x.reshape(*x.shape[:-2], -1, *rows.shape) + rows).reshape(x.shape) if whole_points else x + rows[slots]
         return x
 
 
@@ -297,7 +307,9 @@ def output_tables(params: Params, config: ModelConfig) -> tuple[OutputTable, Out
     coords = coordinate_tables(params, config)
     if config.loss_support == "vocab":
         # P is the last id, so it is left out by counting it as padding.
-        rows = [jnp.concatenate([coords[s], classes[ids.bins :]]) for s in range(3)] + [classes]
+        rows = [classes] * 4
+        if config.coord_tables != "learned":
+            rows[:3] = [jnp.concatenate([coords[s], classes[ids.bins :]]) for s in range(3)]
         return tuple(OutputTable(r, ids.pad, 0, ids.pad, -1) for r in rows)
     # Matrix units want a multiple of eight.
     x_rows = jnp.concatenate([coords[0], classes[ids.eos][None], jnp.zeros((7, config.width), dtype)])

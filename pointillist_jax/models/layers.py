@@ -55,6 +55,11 @@ def stack_specs(specs: Any, layers: int) -> Any:
     return jax.tree.map(lambda spec: spec.stacked(layers), specs, is_leaf=_is_spec)
 
 
+def count_parameters(specs: Any) -> int:
+    """Numbers in all parameters of a (nested) dict of specs."""
+    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs, is_leaf=_is_spec))
+
+
 def init_params(specs: Any, key: Array, dtype: Any = jnp.float32, *, boxed: bool = False) -> Any:
     """Initial values of a (nested) dict of specs. `boxed` keeps the logical axes (`nn.LogicallyPartitioned`).
 

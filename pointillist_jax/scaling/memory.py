@@ -1,11 +1,11 @@
 """Bytes of one device in a step of stage one, from shapes alone: no compiler is asked.
 
-  state      exact: parameters, moments, average, as they lie on the mesh;
-  kept       what the backward pass needs of the device's windows, by the shapes of the residuals of the model that a
-             device runs: its share of heads, feed-forward width, classes and positions;
-  the rest   gradients, gathered weights, logits, buffers: `FACTORS` times known sizes. The factors are fitted to what
-             XLA's CPU compiler reports on a few meshes; `experiments.scaling_study --mode=predict` prints the error on
-             the others.
+state      exact: parameters, moments, average, as they lie on the mesh;
+kept       what the backward pass needs of the device's windows, by the shapes of the residuals of the model that a
+           device runs: its share of heads, feed-forward width, classes and positions;
+the rest   gradients, gathered weights, logits, buffers: `FACTORS` times known sizes. The factors are fitted to what
+           XLA's CPU compiler reports on a few meshes; `experiments.scaling_study --mode=predict` prints the error on
+           the others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jax.sharding import AbstractMesh
 from pointillist_jax.configs import ModelConfig, TrainConfig
 from pointillist_jax.models.ar import param_specs
 from pointillist_jax.models.condition import context_length
-from pointillist_jax.models.layers import init_params
+from pointillist_jax.models.layers import count_parameters, init_params
 from pointillist_jax.sharding import abstract_mesh
 from pointillist_jax.training.ar import training_window, window_loss
 from pointillist_jax.training.state import abstract_state, make_optimizer
@@ -36,15 +36,15 @@ class Memory:
     Attributes:
       state: of the train state, which lives between steps. batch: of its part of the batch.
       kept: residuals of the device's windows (of one micro-batch).
-      gradients: of its part of the parameters.
-      layer: one layer's weights as they are gathered. table: the classifiers' gradients before they are summed.
+      gradients: of its part of the parameters. whole: of the parameters that its products need, gathered.
+      table: the classifiers' gradients before they are summed.
     """
 
     state: int
     batch: int
     kept: int
     gradients: int
-    layer: int
+    whole: int
     table: int
 
     @property
@@ -58,7 +58,7 @@ class Memory:
 
 
 # Of `Memory`'s sizes in `temporary`.
-FACTORS = {"kept": 1.0, "gradients": 1.0, "layer": 0.0, "table": 1.0}
+FACTORS = {"kept": 1.0, "whole": 1.0, "table": 1.0}
 
 
 def stage_one_memory(model: ModelConfig, train: TrainConfig, mesh: Mapping[str, int], batch: int) -> Memory:
@@ -74,9 +74,8 @@ def stage_one_memory(model: ModelConfig, train: TrainConfig, mesh: Mapping[str, 
     local = device_model(model, abstract)
     length, context = training_window(model)["window"], context_length(model)
     micro = max(windows // train.accumulate, 1)
-    each = residual_bytes(local, 2, context) - residual_bytes(local, 1, context)
+    each = residual_bytes(local, 2) - residual_bytes(local, 1)
     params = jax.tree.leaves(state.params)
-    layers = jax.eval_shape(lambda key: init_params(param_specs(local), key), jax.random.PRNGKey(0))["layers"]
     rows = model.tokenizer.padded_vocab_size * model.width / abstract.shape["tensor"]
     slots = 4 if model.loss_support == "vocab" else 4 / 3
     return Memory(
@@ -84,7 +83,7 @@ def stage_one_memory(model: ModelConfig, train: TrainConfig, mesh: Mapping[str, 
         batch=windows * (13 * length + 4 * context * model.width),
         kept=micro * each,
         gradients=sum(map(_local_bytes, params)),
-        layer=sum(x.size * 4 for x in jax.tree.leaves(layers)) // model.layers,
+        whole=4 * count_parameters(param_specs(model)) // abstract.shape["tensor"],
         table=int(4 * slots * rows),
     )
 
@@ -106,7 +105,7 @@ def device_model(model: ModelConfig, mesh: AbstractMesh) -> ModelConfig:
     )
 
 
-def residual_bytes(model: ModelConfig, windows: int, context: int) -> int:
+def residual_bytes(model: ModelConfig, windows: int) -> int:
     """Bytes between forward and backward of the loss of so many windows, the parameters it needs again included."""
     length = training_window(model)["window"]
     params = jax.eval_shape(lambda key: init_params(param_specs(model), key), jax.random.PRNGKey(0))
@@ -114,7 +113,7 @@ def residual_bytes(model: ModelConfig, windows: int, context: int) -> int:
         name: jax.ShapeDtypeStruct((windows, length), jnp.int32) for name in ("tokens", "targets", "positions")
     }
     batch["mask"] = jax.ShapeDtypeStruct((windows, length), bool)
-    contexts = jax.ShapeDtypeStruct((windows, context, model.width), jnp.float32)
+    contexts = jax.ShapeDtypeStruct((windows, context_length(model), model.width), jnp.float32)
 
     def pullback(params, batch, context):
         return jax.vjp(lambda p, c: window_loss(p, model, batch, c).total, params, context)[1]

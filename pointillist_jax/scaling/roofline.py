@@ -1,11 +1,12 @@
 """How long a training step should take: arithmetic, memory traffic and collectives against a device's datasheet.
 
 The model, so that it can be doubted:
-  compute   = FLOPs of a device / (peak · utilisation), or its memory traffic / bandwidth if that is longer;
-  collective = bytes a device sends (ring algorithms) / the slowest link the group spans + latency a round of the ring;
-  exposed   = collectives over `tensor` and `context` wait for their input and are waited for, so they add up; those over
-              `data` and `fsdp` (gradients, gathered weights) can run beside the arithmetic.
-  at best   = max(compute, beside) + exposed;   at worst = compute + beside + exposed.
+  compute     FLOPs of a device / (peak · utilisation), or its memory traffic / bandwidth if that is longer;
+  collective  bytes a device sends (ring algorithms) / the slowest link the group spans + latency;
+  exposed     collectives over `tensor` and `context` wait for their input and are waited for, so they add up; those
+              over `data` and `fsdp` (gradients, gathered weights) can run beside the arithmetic;
+  at best     max(compute, beside) + exposed;
+  at worst    compute + beside + exposed.
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ import jax
 import pytest
 
 from experiments import preset_table
-from experiments.preset_table import count, decode_bytes, needs_of, residual_bytes, size, size_table, time_table
+from experiments.preset_table import decode_bytes, needs_of, residual_bytes, size, size_table, time_table
 from pointillist_jax.configs import PRESETS
 from pointillist_jax.flops import PEAKS
 from pointillist_jax.models.ar import param_specs
-from pointillist_jax.models.layers import init_params
+from pointillist_jax.models.layers import count_parameters, init_params
 from tests.experiments.small_ar import CONFIG, ROOT
 from tests.experiments.test_scripts import start
 
@@ -26,7 +26,9 @@ def small():
 
 def test_parameters_are_those_of_the_model(small):
     params = init_params(param_specs(CONFIG.model), jax.random.PRNGKey(0))
-    assert count(param_specs(CONFIG.model)) == sum(x.size for x in jax.tree.leaves(params)) == small.transformer
+    assert (
+        count_parameters(param_specs(CONFIG.model)) == sum(x.size for x in jax.tree.leaves(params)) == small.transformer
+    )
     assert small.encoders == 0  # Trained along, so they are part of the condition.
     assert needs_of(dataclasses.replace(CONFIG, model=_frozen(CONFIG.model))).encoders > 0
 
@@ -47,7 +49,7 @@ def test_bytes_of_generation_by_hand():
     model = dataclasses.replace(CONFIG.model, dtype="bfloat16")
     context = 1 + 1 + 17  # cls, one patch, the queries of the tiny point encoder.
     cached = model.layers * (model.window + context) * 2 * model.heads * model.head_dim
-    assert decode_bytes(model) == 2 * (count(param_specs(model)) + cached)
+    assert decode_bytes(model) == 2 * (count_parameters(param_specs(model)) + cached)
 
 
 def test_hours_by_hand(small):

@@ -1,0 +1,163 @@
+"""Collectives of compiled programs: how they are read, and that a training step has those it needs and no others."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pointillist_jax.files import UserError
+from pointillist_jax.scaling.collectives import Collective, collectives, inventory
+from pointillist_jax.sharding import mesh_sizes
+from tests.experiments.small_ar import ROOT
+from tests.scaling.hand_count import BATCH, CONTEXT, MODEL
+
+MESHES = ("data:8", "fsdp:8", "tensor:8", "context:8", "data:2,fsdp:4", "data:4,tensor:2", "data:4,context:2",
+          "fsdp:4,tensor:2", "data:2,tensor:2,context:2")  # fmt: skip
+PROGRAM = """HloModule jit_step
+
+%add (a: f32[], b: f32[]) -> f32[] {{
+  ROOT %sum = f32[] add(%a, %b)
+}}
+
+%body.1 (state: (s32[], f32[4,6])) -> (s32[], f32[4,6]) {{
+  {instruction}
+}}
+
+%condition.1 (state: (s32[], f32[4,6])) -> pred[] {{
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}}
+
+ENTRY %main.9 (x: f32[4,6]) -> f32[4,6] {{
+  %loop = (s32[], f32[4,6]) while(%start), condition=%condition.1, body=%body.1{count}
+}}
+"""
+COUNT = ', backend_config={"known_trip_count":{"n":"3"},"x":[]}'
+SIZES = {"data": 2, "fsdp": 1, "tensor": 4, "context": 1}
+
+
+def read(instruction: str, count: str = COUNT):
+    return collectives(PROGRAM.format(instruction=instruction, count=count), SIZES)
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes", "group", "spread"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", ("tensor",), 4, 3),
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", ("data",), 2, 4),
+        ("replica_groups={}", ("data", "tensor"), 8, 7),
+        ("replica_groups=[2,4]<=[8]", ("tensor",), 4, 3),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", ("data",), 2, 4),
+        ("replica_groups=[1,8]<=[8]", ("data", "tensor"), 8, 7),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", ("tensor",), 4, 3),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", ("data",), 2, 4),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}", ("tensor",), 4, 3),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}", ("data", "tensor"), 8, 7),
+    ],
+)
+def test_every_form_of_device_groups(groups, axes, group, spread):
+    line = f"%r = f32[4,6]{{1,0}} all-reduce(%x), channel_id=1, {groups}, to_apply=%add"
+    (one,) = read(line + ', metadata={op_name="jit(step)/sum"}')
+    assert one == Collective("all-reduce", axes, group, spread, 96, 24, 3, "jit(step)/sum")
+    assert one.bytes == 288
+    assert one.wire == pytest.approx(288 * 2 * (group - 1) / group)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "kind", "payload"),
+    [
+        ("(f32[4,6]{1,0}, bf16[8]{0}, /*index=5*/s32[]) all-reduce(%x, %y, %z)", "all-reduce", 96 + 16 + 4),
+        ("f32[4,24]{1,0} all-gather(%x), dimensions={1}", "all-gather", 384),
+        ("(f32[4,6]{1,0}, f32[4,24]{1,0}) all-gather-start(%x), dimensions={1}", "all-gather", 384),
+        ("f32[4,6]{1,0} reduce-scatter(%x), dimensions={1}", "reduce-scatter", 384),
+        ("(f32[1,6], f32[1,6], f32[1,6], f32[1,6]) all-to-all(%a, %b, %c, %d)", "all-to-all", 96),
+    ],
+)
+def test_payloads(instruction, kind, payload):
+    (one,) = read(f"%r = {instruction}, replica_groups={{{{0,1,2,3}},{{4,5,6,7}}}}, to_apply=%add")
+    assert (one.kind, one.payload) == (kind, payload)
+
+
+def test_permutations_and_what_never_leaves_a_device():
+    pairs = "collective-permute(%x), source_target_pairs={{0,1},{1,0},{4,5},{5,4}}"
+    (one,) = read(f"%r = f32[4,6]{{1,0}} {pairs}")
+    assert (one.kind, one.axes, one.group, one.wire) == ("collective-permute", ("tensor",), 2, 288)
+    assert read("%r = f32[4,6]{1,0} all-reduce(%x), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}") == []
+    assert read("%r = f32[4,6]{1,0} all-reduce-done(%x)") == []
+
+
+def test_what_cannot_be_counted_is_said():
+    line = "%r = f32[4,6]{1,0} all-reduce(%x), replica_groups=[1,8]<=[8]"
+    with pytest.raises(UserError, match="a loop whose length XLA does not know"):
+        read(line, count="")
+    with pytest.raises(UserError, match="unknown form"):
+        read("%r = f32[4,6]{1,0} all-reduce(%x), replica_groups=torus(2,4)")
+    assert inventory([]) == {}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.scaling.hand_count", "{}", *MESHES]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def by_hand(mesh: str) -> dict[str, int]:
+    """Numbers (of four bytes) that a device's collectives carry in a step, from the model's sizes."""
+    sizes = mesh_sizes(mesh, 8)
+    data, fsdp, tensor, context = sizes.values()
+    D, F, L, H = MODEL.width, MODEL.mlp_width, MODEL.layers, MODEL.head_dim
+    heads, classes = MODEL.heads * H, MODEL.tokenizer.padded_vocab_size
+    windows, length = BATCH // data // fsdp, MODEL.window // context
+    matrices = L * (8 * D * heads + 3 * D * F) // tensor
+    norms, rows = L * (3 * D + 4 * H) + 2 * D, 4 * D
+    # The embedding's, and the head's from each of the four slots.
+    tables = 5 * classes * D // tensor
+    few = 8  # The loss, and numbers of tokens.
+    found = {}
+    # Gradients, on every axis whose devices see other tokens; a slice of each matrix where fsdp has cut it already.
+    whole = norms + rows + tables + few
+    if fsdp == 1 and data > 1:
+        found["all-reduce over data"] = whole + matrices
+    if fsdp > 1:
+        # Squares of 11 matrices' slices, for two norms of the gradient and one of the parameters.
+        found["all-reduce over fsdp"] = matrices + 3 * 11 + (whole if data == 1 else 0)
+        # Every matrix whole, forward and backward.
+        found["all-gather over fsdp"] = 2 * matrices
+    if fsdp > 1 and data > 1:
+        found["all-reduce over data+fsdp"] = whole
+        found["all-reduce over data"] = matrices // fsdp
+    if context > 1:
+        # Keys and values of the condition are the same on all devices: their gradients are summed, and what follows
+        # from them is then known everywhere.
+        condition = L * 2 * D * heads // tensor
+        known = condition + L * H + D
+        keys_values = L * 2 * windows * CONTEXT * heads // tensor
+        found["all-reduce over context"] = whole + matrices - known + keys_values
+        # Queries, keys, values and the result, there and back again.
+        found["all-to-all over context"] = L * 8 * windows * length * heads // tensor
+    if tensor > 1:
+        states = windows * length * D
+        # After attention, attention and feed-forward network, and before them in the backward pass; the embedding and
+        # the gradient of the last states; the condition's gradient; of every token maximum, sum and label's logit.
+        found["all-reduce over tensor"] = (
+            6 * L * states + 2 * states + L * windows * CONTEXT * D + 3 * windows * length + L * 4 * H + 3 * 13
+        )
+    return found
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_step_has_the_collectives_that_are_counted_by_hand_and_no_others(compiled, mesh):
+    found = {name: row["bytes"] / 4 for name, row in compiled[mesh].items()}
+    assert found == by_hand(mesh)
+
+
+def test_pure_data_parallelism_sums_gradients_once_and_gathers_nothing(compiled):
+    # The other sum is that of the tokens' numbers, which the loss is divided by.
+    assert set(compiled["data:8"]) == {"all-reduce over data"}
+    assert compiled["data:8"]["all-reduce over data"]["count"] == 2
