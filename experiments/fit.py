@@ -59,6 +59,7 @@ OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Delete the fits of these s
 CONFIG = define_config("fit")
 
 _SHEET_VIEWS = 4  # of each split
+_LABEL_WIDTH = 200  # pixels
 _FIXED = "without_density"  # The folder of fits without density control.
 
 # The same file for every subject.
@@ -366,6 +367,9 @@ def sheet(result, data, scores, look) -> np.ndarray:
         pairs = [
             np.pad(p, [(0, height - p.shape[0]), (0, width - p.shape[1]), (0, 0)], constant_values=1) for p in pairs
         ]
+    # Small pictures are enlarged to make room for their labels.
+    factor = -(-_LABEL_WIDTH // pairs[0].shape[1])
+    pairs = [pair.repeat(factor, axis=0).repeat(factor, axis=1) for pair in pairs]
     return contact_sheet(pairs, labels, _SHEET_VIEWS if len(pairs) >= _SHEET_VIEWS else len(pairs))
 
 

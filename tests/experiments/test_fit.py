@@ -92,6 +92,7 @@ def test_outputs(people, straight):
         assert json.loads((folder / "timing.json").read_text())["fit_s"] > 0
         picture = iio.imread(folder / "report.png")
         assert picture.ndim == 3
+        assert picture.shape[1] >= 4 * 200  # Room for the labels of four pairs, however small the pictures.
         assert picture.std() > 10
         assert not (folder / "checkpoint.npz").exists()
 
