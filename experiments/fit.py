@@ -8,15 +8,18 @@
 `point_cloud/iteration_<N>/{point_cloud.ply,flame_param.npz}`, report.json (PSNR and SSIM of every training, held-out
 camera and held-out expression view, counts over time and by part of the head), report.png (truth beside fit) and
 timing.json. After a kill, `--resume` continues with the last checkpoint and ends with the same bytes.
-`--compare_density` fits every subject twice, with density control and without, and prints one table.
+Several captures are all checked before the first is fitted. `--compare_density` fits every subject twice, without
+density control into `<workdir>/without_density/`, where `experiments.tokenize` does not look, and prints one table.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
@@ -56,6 +59,11 @@ OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Delete the fits of these s
 CONFIG = define_config("fit")
 
 _SHEET_VIEWS = 4  # of each split
+_LABEL_WIDTH = 200  # pixels
+_FIXED = "without_density"  # The folder of fits without density control.
+
+# The same file for every subject.
+_head = functools.lru_cache(maxsize=2)(choose_head)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,17 +88,28 @@ def main() -> None:
     waiting = [job for job in jobs if not (Path(job.folder) / "report.json").is_file()]
     if len(waiting) < len(jobs):
         print(f"{len(jobs) - len(waiting)} of {len(jobs)} fits are done already")
-    failed = fit_all(waiting)
+    unusable = check_captures(waiting)
+    failed = [(job.name, unusable[job.capture]) for job in waiting if job.capture in unusable]
+    failed += fit_all([job for job in waiting if job.capture not in unusable])
 
-    reports = [(job, read_report(job)) for job in jobs if (Path(job.folder) / "report.json").is_file()]
+    done = [job for job in jobs if (Path(job.folder) / "report.json").is_file()]
+    for job in done:  # A kill may come between the report and this.
+        (Path(job.folder) / "checkpoint.npz").unlink(missing_ok=True)
+    if done:
+        show(jobs=done, seconds=time.perf_counter() - start)
+    if failed:
+        raise UserError("\n".join(["some subjects could not be fitted:", *(f"  {n}: {e}" for n, e in failed)]))
+
+
+def show(jobs: list[Job], seconds: float) -> None:
+    """Tables of finished fits, and where they lie."""
+    reports = [(job, read_report(job)) for job in jobs]
     print_table(reports)
     if COMPARE.value:
         compare(reports)
-    print(f"\ndone in {time.perf_counter() - start:.0f} s; everything lies in {Path(WORKDIR.value)}/:")
+    print(f"\ndone in {seconds:.0f} s; everything lies in {Path(WORKDIR.value)}/:")
     print("  <subject>/point_cloud/iteration_<N>/  the fit: opens in GaussianAvatars' viewer and experiments.tokenize")
     print("  <subject>/report.json, report.png     scores, counts by part of the head, truth beside fit")
-    if failed:
-        raise UserError("\n".join(["some subjects could not be fitted:", *(f"  {n}: {e}" for n, e in failed)]))
 
 
 def list_jobs() -> list[Job]:
@@ -111,13 +130,13 @@ def list_jobs() -> list[Job]:
     config = dataclasses.replace(CONFIG().fit, seed=SEED.value)
     variants = {"": config}
     if COMPARE.value:
-        variants = {"": dataclasses.replace(config, densify=True), "_fixed": dataclasses.replace(config, densify=False)}
+        variants = {"": dataclasses.replace(config, densify=True), _FIXED: dataclasses.replace(config, densify=False)}
     jobs = [
         Job(
             capture=str(folder),
-            folder=str(Path(WORKDIR.value) / (name + suffix)),
-            name=name + suffix,
-            config=variant,
+            folder=str(Path(WORKDIR.value) / variant / name),
+            name=f"{name} {variant}".rstrip(),
+            config=settings,
             flame=FLAME.value,
             detail=DETAIL.value,
             downscale=DOWNSCALE.value,
@@ -125,7 +144,7 @@ def list_jobs() -> list[Job]:
             cy_from_bottom=CY_FROM_BOTTOM.value,
         )
         for name, folder in list(captures.items())[SHARD.value :: NUM_SHARDS.value]
-        for suffix, variant in variants.items()
+        for variant, settings in variants.items()
     ]
     return jobs
 
@@ -177,6 +196,26 @@ def _is_ours(name: str) -> bool:
     return name.startswith(".") or name in (
         "point_cloud", "report.json", "report.png", "timing.json", "checkpoint.npz",
     )  # fmt: skip
+
+
+def check_captures(jobs: list[Job]) -> dict[str, str]:
+    """Of several captures those that cannot be fitted, and why, said before hours go into the first.
+
+    They are read again when their turn comes, which is little beside a fit; a lone one is checked only then.
+    """
+    captures = {job.capture: job for job in jobs}
+    if len(captures) < 2:
+        return {}
+    unusable = {}
+    with tqdm(captures.items(), desc="checking captures", unit="capture", leave=False) as bar:
+        for capture, job in bar:
+            try:
+                load_data(job)
+            except (UserError, FileNotFoundError) as error:
+                unusable[capture] = str(error)
+    if unusable:
+        print("\n".join(["not fitted:", *unusable.values()]), file=sys.stderr)
+    return unusable
 
 
 def fit_all(jobs: list[Job]) -> list[tuple[str, str]]:
@@ -248,16 +287,24 @@ def fit_job(job: Job, progress: Callable[[int, dict[str, Any]], None]) -> str | 
     return None
 
 
-def _fit_job(job: Job, progress: Callable[[int, dict[str, Any]], None]) -> None:
+def load_data(job: Job) -> tuple:
+    """The checked capture as FitData, and the head it was tracked with."""
     from pointillist_jax.data.captures import load_capture
-    from pointillist_jax.data.fits import save_fit
-    from pointillist_jax.fitting import FitData, evaluate, fit
-    from pointillist_jax.fitting.evaluate import count_by_part
+    from pointillist_jax.fitting import FitData
 
-    model = choose_head(job.flame, job.detail, Path(job.capture) / "identity.json")
+    cards = () if job.flame else (Path(job.capture) / "identity.json",)
+    model = _head(job.flame, job.detail, *cards)
     how = {"downscale": job.downscale, "identity": job.identity, "cy_from_bottom": job.cy_from_bottom}
     capture = load_capture(job.capture, model, **how)
-    data = FitData.from_capture(capture, face_groups(Path(job.capture), model.num_faces))
+    return FitData.from_capture(capture, face_groups(Path(job.capture), model.num_faces)), model
+
+
+def _fit_job(job: Job, progress: Callable[[int, dict[str, Any]], None]) -> None:
+    from pointillist_jax.data.fits import save_fit
+    from pointillist_jax.fitting import evaluate, fit
+    from pointillist_jax.fitting.evaluate import count_by_part
+
+    data, model = load_data(job)
     folder, config = Path(job.folder), job.config
     folder.mkdir(parents=True, exist_ok=True)
     for rest in folder.rglob(".*.tmp-*"):  # What a killed run was writing.
@@ -320,6 +367,9 @@ def sheet(result, data, scores, look) -> np.ndarray:
         pairs = [
             np.pad(p, [(0, height - p.shape[0]), (0, width - p.shape[1]), (0, 0)], constant_values=1) for p in pairs
         ]
+    # Small pictures are enlarged to make room for their labels.
+    factor = -(-_LABEL_WIDTH // pairs[0].shape[1])
+    pairs = [pair.repeat(factor, axis=0).repeat(factor, axis=1) for pair in pairs]
     return contact_sheet(pairs, labels, _SHEET_VIEWS if len(pairs) >= _SHEET_VIEWS else len(pairs))
 
 
@@ -348,16 +398,14 @@ def read_report(job: Job) -> dict[str, Any]:
 
 
 def print_table(reports: list[tuple[Job, dict[str, Any]]]) -> None:
-    if not reports:
-        return
-    splits = ("train", "val", "test")
-    print("\n" + f"{'subject':<20}{'Gaussians':>10}  " + "".join(f"{s + ' PSNR / SSIM':>20}" for s in splits))
+    splits, width = ("train", "val", "test"), 2 + max(18, *(len(job.name) for job, _ in reports))
+    print("\n" + f"{'subject':<{width}}{'Gaussians':>10}  " + "".join(f"{s + ' PSNR / SSIM':>20}" for s in splits))
     for job, report in reports:
         cells = [
             f"{report['scores'][s]['psnr']:.2f} / {report['scores'][s]['ssim']:.4f}" if s in report["scores"] else "-"
             for s in splits
         ]
-        print(f"{job.name:<20}{report['gaussians']:>10}  " + "".join(f"{cell:>20}" for cell in cells))
+        print(f"{job.name:<{width}}{report['gaussians']:>10}  " + "".join(f"{cell:>20}" for cell in cells))
 
 
 def compare(reports: list[tuple[Job, dict[str, Any]]]) -> None:
@@ -365,7 +413,7 @@ def compare(reports: list[tuple[Job, dict[str, Any]]]) -> None:
     by_name = {job.name: report for job, report in reports}
     print("\ndensity control against none, dB; then Gaussians per cm² (of these added to one per face) by kind of face")
     for name, report in by_name.items():
-        fixed = by_name.get(f"{name}_fixed")
+        fixed = by_name.get(f"{name} {_FIXED}")
         if fixed is None:
             continue
         gains = [f"{s} {report['scores'][s]['psnr'] - fixed['scores'][s]['psnr']:+.2f}" for s in report["scores"]]

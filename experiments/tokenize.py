@@ -213,7 +213,7 @@ def report(store: TokenStore, seconds: float) -> None:
         print(f"  {clipped.sum():,} points of {(clipped > 0).sum()} subjects were clipped onto the cube's border")
     if not store.has_portrait.all():
         without = int((~store.has_portrait).sum())
-        print(f"  {without} subjects have no portrait: they cannot train a model that sees one (--captures adds them)")
+        print(f"  {without} subjects have no portrait: no model that sees one can use them (--captures --overwrite)")
     print(f"done in {seconds:.0f} s; everything lies in {store.path}/:")
     for name, what in OUTPUTS.items():
         print(f"  {name:<22} {what}")

@@ -47,7 +47,8 @@ def load_fit(path: str | os.PathLike, model: FlameModel) -> RiggedFit:
 
     Raises:
       FileNotFoundError: no fit there.
-      FileFormatError: names file and field; a file that is not bound to faces; faces the head does not have.
+      FileFormatError: names file and field; a file without Gaussians or not bound to faces; faces the head does not
+        have.
     """
     folder = fit_folder(path)
     gaussians = load_ply(folder / "point_cloud.ply", num_faces=model.num_faces)
@@ -55,6 +56,8 @@ def load_fit(path: str | os.PathLike, model: FlameModel) -> RiggedFit:
         raise FileFormatError(
             f"{folder / 'point_cloud.ply'} has no binding_0: it is a plain 3DGS file, not Gaussians rigged to a head."
         )
+    if not gaussians.num_gaussians:
+        raise FileFormatError(f"{folder / 'point_cloud.ply'} holds no Gaussians; fit again, or leave the subject out.")
     return RiggedFit(gaussians, load_flame_params(folder / "flame_param.npz", model), folder)
 
 

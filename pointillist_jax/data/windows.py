@@ -72,8 +72,8 @@ class WindowSource:
         if ("portrait" in condition or features is not None) and not store.has_portrait[self.indices].all():
             bad = [store.subjects[i] for i in self.indices if not store.has_portrait[i]]
             raise UserError(
-                f"{len(bad)} of {len(names)} subjects of {store.path} have no portrait, e.g. {bad[0]!r}: tokenise them "
-                "with --captures, choose others with subjects, or train without the portrait."
+                f"{len(bad)} of {len(names)} subjects of {store.path} have no portrait, e.g. {bad[0]!r}: tokenise anew "
+                "(--overwrite) with --captures, choose others with subjects, or train without the portrait."
             )
         if features is not None:
             features.require(names)

@@ -78,6 +78,9 @@ def test_what_is_no_fit_is_refused_by_name(rng, model, tmp_path):
     save_ply(tmp_path / "x" / "point_cloud.ply", gaussians.replace(binding=None))
     with pytest.raises(FileFormatError, match="has no binding_0"):
         load_fit(tmp_path / "x", model)
+    save_ply(tmp_path / "x" / "point_cloud.ply", jax.tree.map(lambda value: value[:0], gaussians))
+    with pytest.raises(FileFormatError, match="holds no Gaussians"):
+        load_fit(tmp_path / "x", model)
     (tmp_path / "x" / "flame_param.npz").unlink()
     save_ply(tmp_path / "x" / "point_cloud.ply", gaussians)
     with pytest.raises(FileNotFoundError, match=r"flame_param\.npz does not exist"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 import experiments
-from pointillist_jax.data.fits import load_fit
+from pointillist_jax.data.fits import find_fits, load_fit
 from pointillist_jax.flame import load_flame
 from pointillist_jax.flame.model import save_flame
 from tests.experiments.small_ar import environment
@@ -91,6 +92,7 @@ def test_outputs(people, straight):
         assert json.loads((folder / "timing.json").read_text())["fit_s"] > 0
         picture = iio.imread(folder / "report.png")
         assert picture.ndim == 3
+        assert picture.shape[1] >= 4 * 200  # Room for the labels of four pairs, however small the pictures.
         assert picture.std() > 10
         assert not (folder / "checkpoint.npz").exists()
 
@@ -158,10 +160,39 @@ def test_processes_and_shards_give_the_same_bytes(people, straight, tmp_path):
 def test_comparison_of_density_control(people, tmp_path):
     done = start(people, tmp_path / "both", "--compare_density", "--subjects=ball_1")
     assert done.returncode == 0, done.stderr
-    fits = {n: json.loads((tmp_path / "both" / n / "report.json").read_text()) for n in ("ball_1", "ball_1_fixed")}
-    assert fits["ball_1_fixed"]["gaussians"] == 32 < fits["ball_1"]["gaussians"]
-    gain = fits["ball_1"]["scores"]["test"]["psnr"] - fits["ball_1_fixed"]["scores"]["test"]["psnr"]
+    folders = (tmp_path / "both" / "ball_1", tmp_path / "both" / "without_density" / "ball_1")
+    dense, fixed = (json.loads((folder / "report.json").read_text()) for folder in folders)
+    assert fixed["gaussians"] == 32 < dense["gaussians"]
+    gain = dense["scores"]["test"]["psnr"] - fixed["scores"]["test"]["psnr"]
     assert f"test {gain:+.2f}" in done.stdout
+    # What is made tokens of is one fit of every person.
+    assert find_fits(tmp_path / "both") == {"ball_1": folders[0]}
+
+
+def test_several_captures_are_checked_before_the_first_is_fitted(people, straight, tmp_path):
+    shutil.copytree(people / "captures", tmp_path / "captures")
+    (tmp_path / "captures" / "ball_1" / "images" / "00001_03.png").unlink()
+    done = start(people, tmp_path / "fits", f"--capture={tmp_path / 'captures'}")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    said, fitted, again = (
+        done.stderr.find("00001_03.png does not exist"),
+        done.stderr.find("ball_0: "),
+        done.stderr.rfind("00001_03.png does not exist"),
+    )
+    assert 0 < said < fitted < again
+    assert contents(tmp_path / "fits") == {
+        name: data for name, data in contents(straight[0]).items() if name.startswith("ball_0/")
+    }
+
+
+def test_a_kill_after_the_report_leaves_nothing_behind(people, straight, tmp_path):
+    """The checkpoint goes after the report is there; a kill between them leaves it to the next start."""
+    shutil.copytree(straight[0], tmp_path / "fits")
+    (tmp_path / "fits" / "ball_0" / "checkpoint.npz").write_bytes(b"left by a kill")
+    done = start(people, tmp_path / "fits", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "fits") == contents(straight[0])
 
 
 def test_user_errors_are_sentences(people, straight, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import subprocess
 import sys
@@ -105,7 +106,9 @@ def test_training_from_nothing_writes_what_it_names(tmp_path):
     assert np.abs(np.asarray(frame.means - avatar.gaussians.means)).max() > 0.01
     store = open_store(tmp_path / "tokens", flame_sha256=model.sha256)
     assert store.subjects == ("person_0000", "person_0001", "person_0002")
-    check_report(tmp_path / "report.html")
+    text = check_report(tmp_path / "report.html")
+    for name in ("people/gallery.png", "fits/person_0001/report.png"):  # The people; one of them, truth beside fit.
+        assert base64.b64encode((tmp_path / name).read_bytes()).decode() in text
 
 
 @pytest.mark.slow
