@@ -21,7 +21,7 @@ from pointillist_jax.flops import Peak, device_peak, training_flops, transformer
 from pointillist_jax.models.condition import context_length
 from pointillist_jax.scaling.collectives import Collective, inventory
 from pointillist_jax.scaling.hardware import HARDWARE, Hardware
-from pointillist_jax.scaling.memory import Memory
+from pointillist_jax.scaling.memory import Memory, fit_factors
 from pointillist_jax.scaling.roofline import StepCost, step_time
 
 # Of a device's memory, what a step may fill: the rest is the runtime's.
@@ -88,10 +88,10 @@ def needed_bytes(row: Mapping[str, Any]) -> float:
     return row["argument_bytes"] + row["temporary_bytes"]
 
 
-def largest_batch(row: Mapping[str, Any], hardware: Hardware) -> int:
-    """Windows of all devices that fit: what is kept for one more is known, and the rest has been compiled."""
+def largest_batch(row: Mapping[str, Any], hardware: Hardware, factors: Mapping[str, float]) -> int:
+    """Windows of all devices that fit: what one more takes is predicted, and the rest has been compiled."""
     shares = row["sizes"]["data"] * row["sizes"]["fsdp"]
-    each = row["estimate"]["kept"] / max(row["batch"] // shares, 1)
+    each = max(factors["kept"], 1.0) * row["estimate"]["kept"] / max(row["batch"] // shares, 1)
     room = USABLE * hardware.memory - needed_bytes(row)
     return max(row["batch"] // shares + math.floor(room / each), 0) * shares
 
@@ -186,20 +186,28 @@ def predicted(study: Mapping[str, Any], config: Config, workdir: Path) -> tuple[
     utilisation, names = study["flags"]["utilisation"], study["flags"]["hardware"]
     programs = [["stage", "devices", "mesh", "batch", "arguments MiB", "temporaries MiB", "by shapes MiB", "error",
                  "collectives of a device in a step"]]  # fmt: skip
+    staged = [row for row in rows if row["stage"] == "one"]
+    # Every second program sets the factors, and the others say how good they are.
+    known = staged[::2]
+    factors = fit_factors([Memory(**row["estimate"]) for row in known], [row["temporary_bytes"] for row in known])
     errors = []
     for row in rows:
-        estimate = Memory(**row["estimate"]) if "estimate" in row else None
-        error = estimate.temporary / row["temporary_bytes"] - 1 if estimate else math.nan
-        errors += [error] if estimate else []
+        guess = Memory(**row["estimate"]).temporary(factors) if "estimate" in row else math.nan
+        held_out = "estimate" in row and row not in known
+        error = guess / row["temporary_bytes"] - 1 if held_out else math.nan
+        errors += [error] if held_out else []
         listed = inventory(found_collectives(row)).items()
         shown = "; ".join(f"{name}: {one['bytes'] / 2**20:,.1f} MiB in {one['count']}" for name, one in listed)
         programs.append(
             [row["stage"], row["devices"], f"`{row['mesh']}`", row["batch"], _mib(row["argument_bytes"]),
-             _mib(row["temporary_bytes"]), _mib(estimate.temporary) if estimate else "–", _percent(error, signed=True),
-             shown or "none"]
+             _mib(row["temporary_bytes"]), _mib(guess) if guess == guess else "–",
+             _percent(error, signed=True) if "estimate" not in row or held_out else "fitted", shown or "none"]
         )  # fmt: skip
-    sections = ["## Compiled programs\n\n" + markdown(programs)]
-    staged = [row for row in rows if row["stage"] == "one"]
+    fitted = ", ".join(f"{factor:.2f} × {name}" for name, factor in factors.items() if factor) or "nothing"
+    sections = [
+        "## Compiled programs\n\nBytes of one device by the compiler, and temporaries by shapes alone: "
+        f"{fitted} (`pointillist_jax/scaling/memory.py`), fitted to every second program.\n\n" + markdown(programs)
+    ]
     best: dict[str, dict[int, dict[str, Any]]] = {}
     single = next((row for row in staged if row["devices"] == 1), None)
     for name in names if staged else ():
@@ -222,7 +230,7 @@ def predicted(study: Mapping[str, Any], config: Config, workdir: Path) -> tuple[
                 [row["devices"], f"`{row['mesh']}`", row["batch"],
                  f"{time.middle:.3g} ({time.best:.3g} – {time.worst:.3g})", f"{rate:,.0f}", _percent(gained),
                  _percent(mfu), f"{needed_bytes(row) / 2**30:.1f}" + ("" if fits else " (does not fit)"),
-                 largest_batch(row, hardware) or "–"]
+                 largest_batch(row, hardware, factors) or "–"]
             )  # fmt: skip
         sections.append(f"## {name}: predicted, not measured\n\n" + markdown(table))
     if best:

@@ -13,12 +13,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh
+from scipy.optimize import nnls
 
 from pointillist_jax.configs import ModelConfig, TrainConfig
 from pointillist_jax.models.ar import param_specs
@@ -47,18 +49,19 @@ class Memory:
     whole: int
     table: int
 
-    @property
-    def temporary(self) -> float:
+    def temporary(self, factors: Mapping[str, float]) -> float:
         """Predicted: what a step needs beside its arguments."""
-        return sum(factor * getattr(self, name) for name, factor in FACTORS.items())
-
-    @property
-    def total(self) -> float:
-        return self.state + self.batch + self.temporary
+        return sum(factor * getattr(self, name) for name, factor in factors.items())
 
 
-# Of `Memory`'s sizes in `temporary`.
-FACTORS = {"kept": 1.0, "whole": 1.0, "table": 1.0}
+SIZES = ("kept", "gradients", "whole", "table")  # Of `Memory`, that `temporary` is made of.
+
+
+def fit_factors(memories: Sequence[Memory], temporaries: Sequence[float]) -> dict[str, float]:
+    """The factors, none negative, whose predictions have the least relative errors for these compiled programs."""
+    sizes = np.array([[getattr(memory, name) for name in SIZES] for memory in memories], float)
+    found, _ = nnls(sizes / np.asarray(temporaries, float)[:, None], np.ones(len(sizes)))
+    return dict(zip(SIZES, map(float, found), strict=True))
 
 
 def stage_one_memory(model: ModelConfig, train: TrainConfig, mesh: Mapping[str, int], batch: int) -> Memory:
