@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from experiments.scaling_worker import ROOT
 from pointillist_jax.configs import Config, ModelConfig
+from pointillist_jax.data.token_store import open_store
 from pointillist_jax.files import UserError
 from pointillist_jax.flops import training_flops, transformer_flops
 from pointillist_jax.models.ar import param_specs
@@ -39,25 +40,30 @@ def sized(model: ModelConfig, width: int, layers: int) -> ModelConfig:
     return dataclasses.replace(model, width=width, layers=layers, heads=heads, mlp_width=ffw, kv_heads=0)
 
 
-def size_rows(
-    config: Config, store: str | None, sizes: Sequence[tuple[int, int]], workdir: Path
-) -> list[dict[str, Any]]:
-    """Trains each size for the config's steps with `experiments.train_ar`; a run that was begun goes on."""
+def planned_sizes(config: Config, store: str | None, texts: Sequence[str]) -> list[ModelConfig]:
+    """The models to train, once it is sure that they can be."""
+    models = [sized(config.model, *size) for size in parse_sizes(texts)]
     if store is None:
         raise UserError("--store is missing: name a token store (python -m experiments.tokenize makes one).")
-    models = [sized(config.model, *size) for size in sizes]
+    open_store(store)
+    return models
+
+
+def size_rows(config: Config, store: str, models: Sequence[ModelConfig], workdir: Path) -> list[dict[str, Any]]:
+    """Trains each model for the config's steps with `experiments.train_ar`; a run that was begun goes on."""
     rows = []
-    for (width, layers), model in zip(sizes, tqdm(models, unit="model"), strict=True):
-        run = workdir / "runs" / f"{width}x{layers}"
+    for model in tqdm(models, unit="model"):
+        name = f"{model.width}x{model.layers}"
+        run = workdir / "runs" / name
         changed = {name: getattr(model, name) for name in ("width", "layers", "heads", "mlp_width", "kv_heads")}
         command = [sys.executable, "-m", "experiments.train_ar", f"--config={flags.FLAGS['config'].value}",
                    f"--store={Path(store).resolve()}", f"--workdir={run.resolve()}", "--resume",
-                   *(f"--config.model.{name}={value}" for name, value in changed.items()), *_given()]  # fmt: skip
+                   *(f"--config.model.{key}={value}" for key, value in changed.items()), *_given()]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
-            raise UserError(f"training {width}x{layers} has failed: {said[-1]}")
-        rows.append({"key": f"{width}x{layers}", **changed, **outcome(model, config, read_metrics(run))})
+            raise UserError(f"training {name} has failed: {said[-1]}")
+        rows.append({"key": name, **changed, **outcome(model, config, read_metrics(run))})
     return rows
 
 

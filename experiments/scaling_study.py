@@ -26,6 +26,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from tqdm import tqdm
 from experiments import scaling_report
 from experiments.common import json_line, open_workdir, refuse_flags, run, whole_numbers
 from experiments.config_flags import define_config
-from experiments.scaling_sizes import parse_sizes, size_rows
+from experiments.scaling_sizes import planned_sizes, size_rows
 from experiments.scaling_worker import Row, run_row
 from pointillist_jax.configs import Config
 from pointillist_jax.files import UserError, atomic_path
@@ -77,10 +78,10 @@ def main() -> None:
         raise UserError(f"--hardware={unknown[0]} is none of {', '.join(HARDWARE)}.")
     if not STAGES.value or not set(STAGES.value) <= {"one", "two"}:
         raise UserError(f"--stages={','.join(STAGES.value)} must be of one, two.")
-    rows = [] if MODE.value == "size" else list(planned(config))
-    sizes = parse_sizes(SIZES.value)
+    by_size = MODE.value == "size"
+    work = planned_sizes(config, STORE.value, SIZES.value) if by_size else list(planned(config))
     workdir = open_workdir(WORKDIR.value, OUTPUTS, resume=RESUME.value, overwrite=OVERWRITE.value)
-    found = size_rows(config, STORE.value, sizes, workdir) if MODE.value == "size" else run_rows(rows, workdir)
+    found = size_rows(config, STORE.value, work, workdir) if by_size else run_rows(work, workdir)
     study = {
         "mode": MODE.value,
         "preset": flags.FLAGS["config"].value,
@@ -105,6 +106,8 @@ def planned(config: Config) -> Iterator[Row]:
     gpus = jax.default_backend() == "gpu"
     simulated = ("cpu" if SIMULATE.value else "") if measure else "gpu" if gpus else "cpu"
     content = json.loads(json.dumps(dataclasses.asdict(config)))
+    if MESHES.value and not any(_takes(mesh, count) for mesh in MESHES.value.split(";") for count in counts):
+        raise UserError(f"--meshes={MESHES.value}: none is a mesh of {' or '.join(map(str, counts))} devices.")
     seen = set()
     for stage in STAGES.value:
         for count in counts:
@@ -121,9 +124,9 @@ def planned(config: Config) -> Iterator[Row]:
 
 
 def meshes_of(count: int, config: Config, stage: str) -> list[str]:
-    """Meshes of so many devices that the model divides over."""
+    """Meshes of so many devices that the model divides over: those of --meshes, or all that are worth a try."""
     if MESHES.value:
-        return [mesh for mesh in MESHES.value.split(";") if _fits(mesh, count, config)]
+        return [mesh for mesh in MESHES.value.split(";") if _takes(mesh, count) and _fits(mesh, count, config)]
     tried = [f"data:{count}"]
     tried += [f"data:{count // n},fsdp:{n}" for n in sorted({8, 16, min(count, 64)}) if count > 1 and count % n == 0]
     if stage == "one":
@@ -132,6 +135,13 @@ def meshes_of(count: int, config: Config, stage: str) -> list[str]:
             [f"data:{count // 8},fsdp:4,tensor:2", f"data:{count // 8},tensor:2,context:4"] if count % 8 == 0 else []
         )
     return [mesh for mesh in dict.fromkeys(tried) if _fits(mesh, count, config)]
+
+
+def _takes(mesh: str, count: int) -> bool:
+    """Whether a mesh of --meshes is one of so many devices."""
+    named = math.prod(map(int, re.findall(r":(\d{1,6})", mesh)))
+    mesh_sizes(mesh, named)  # Raises for what is no mesh.
+    return named == count or ("data" not in mesh and count % named == 0)
 
 
 def _fits(mesh: str, count: int, config: Config) -> bool:

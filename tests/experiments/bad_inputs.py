@@ -251,6 +251,17 @@ SCRIPTS: dict[str, Script] = {
         spaces=(),
     ),
     "preset_table": Script(values={"--presets=huge": "huge", "--devices=abacus": "abacus", "--utilisation=2": "utili"}),
+    "scaling_study": Script(
+        good=config(BENCH),
+        inputs={"store": ("folder", "--mode=size")},
+        values={"--mode=size --sizes=30x1": "sizes", "--mode=size --sizes=x": "sizes", "--mode=size": "--store",
+                "--mode=nothing": "mode", "--stages=three": "stages", "--mode=predict --hardware=abacus": "abacus",
+                "--mode=predict --simulate=8": "simulate", "--mode=predict --meshes=nothing": "mesh",
+                "--mode=predict --device_counts=0": "device_counts", "--device_counts=64": "simulate",
+                "--resume --overwrite": "resume"},
+        output=("workdir", "scaling"),
+        spaces=(),
+    ),
     "compare_torch": Script(
         good=("--what=blocks", "--length=8", "--points=4", *config(COMPARE)),
         values={"--what=nothing": "nothing", "--length=9": "length", "--seeds=x": "seeds", "--steps=0": "steps",
