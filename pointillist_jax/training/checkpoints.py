@@ -271,8 +271,10 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # TensorStore raises ValueError with the name of a status: "RESOURCE_EXHAUSTED: Error writing …".
-        if isinstance(error, OSError) or (isinstance(error, ValueError) and re.match(r"[A-Z_]{4,}: ", str(error))):
+        # TensorStore raises ValueError with the name of a status: "RESOURCE_EXHAUSTED: Error writing …". So do
+        # collectives when another process of the job is gone.
+        status = isinstance(error, ValueError) and re.match(r"[A-Z_]{4,}: (?!Gloo|NCCL)", str(error))
+        if isinstance(error, OSError) or status:
             raise WriteError(folder, error) from None
         raise
 
