@@ -31,10 +31,9 @@ def checksums(arrays: Any, texts: Mapping[str, Any]) -> dict[str, int]:
       arrays: pytree of NumPy or JAX arrays. Every process of a job has to ask for the same ones.
       texts: name → JSON content.
     """
-    sums = [(jax.tree_util.keystr(path), _sum(x)) for path, x in jax.tree_util.tree_leaves_with_path(arrays)]
-    return {name: int(value) for name, value in sums} | {
-        name: zlib.crc32(json.dumps(text, sort_keys=True).encode()) for name, text in texts.items()
-    }
+    # One after the other: programs that talk to other processes at the same time can wait for each other for ever.
+    sums = {jax.tree_util.keystr(path): int(_sum(x)) for path, x in jax.tree_util.tree_leaves_with_path(arrays)}
+    return sums | {name: zlib.crc32(json.dumps(text, sort_keys=True).encode()) for name, text in texts.items()}
 
 
 def check_sums(expected: Mapping[str, int], arrays: Any, texts: Mapping[str, Any]) -> None:

@@ -19,7 +19,6 @@ pytestmark = pytest.mark.slow
 CONFIG = dataclasses.replace(toy.CONFIG, steps=6, checkpoint_every=3, eval_every=0)
 DAMAGE = {
     "truncated": lambda content: content[: len(content) // 2],
-    "emptied": lambda content: b"",
     "flipped in the middle": lambda content: flipped(content, len(content) // 2),
     "flipped near the end": lambda content: flipped(content, max(len(content) - 5, 0)),
     "removed": None,
