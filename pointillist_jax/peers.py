@@ -3,7 +3,7 @@
 Alone, JAX lets the others wait for minutes, and then aborts them with the stack of its C++. Here every process says
 once a second that it lives, in the job's key-value store, and looks whether the others do. What none of them can see is
 the death of process 0, which holds that store: JAX aborts at once when its connection breaks. So the connection goes
-through a relay in the process itself, which notices first and keeps JAX's end open.
+through a relay, which notices first and keeps JAX's end open.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import contextlib
 import itertools
 import multiprocessing
 import os
-import socket
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from pathlib import Path
 
 import jax
 from jax._src import distributed
@@ -40,8 +40,8 @@ def join_job(coordinator: str | None, num_processes: int | None, process_id: int
     """
     relay = None
     if coordinator is not None and process_id != 0:
-        relay = _Relay(coordinator)
-        coordinator = relay.address
+        relay = _start_relay(coordinator)
+        coordinator = relay.stdout.readline().decode().strip()
     # JAX's own limit, which aborts, has to be the later one.
     jax.distributed.initialize(
         coordinator, num_processes, process_id, heartbeat_timeout_seconds=max(100, int(2 * lost_after))
@@ -49,7 +49,7 @@ def join_job(coordinator: str | None, num_processes: int | None, process_id: int
     state = distributed.global_state
     watch = _Watch(state.client, state.process_id, state.num_processes, lost_after)
     if relay is not None:
-        relay.on_end = watch.coordinator_ended
+        threading.Thread(target=watch.coordinator_ended, args=(relay,), daemon=True).start()
     watches.append(watch)
     atexit.register(watch.leave)  # Before JAX's own, which waits for the others.
     threading.Thread(target=watch.run, daemon=True).start()
@@ -98,8 +98,9 @@ class _Watch:
                     self._end(_lost(i), 0 if self._me else 2 * _PERIOD)
             time.sleep(_PERIOD)
 
-    def coordinator_ended(self) -> None:
-        """Called by the relay. At the end of a job process 0 may be the first to go."""
+    def coordinator_ended(self, relay: subprocess.Popen) -> None:
+        """Waits until the relay says so. At the end of a job process 0 may be the first to go."""
+        relay.stdout.readline()
         if self._leaving:
             time.sleep(2 * _GRACE)
         self._end(f"process 0 of this job has ended; {_AGAIN}.")
@@ -158,46 +159,8 @@ def _exit(code: int) -> None:
     os._exit(code)
 
 
-class _Relay:
-    """Hands a TCP connection on to `target`, "host:port". When that end has gone, it calls `on_end` and closes nothing.
-
-    Attributes:
-      address: where it listens, on this machine.
-    """
-
-    def __init__(self, target: str):
-        host, _, port = target.rpartition(":")
-        self._target = host.strip("[]"), int(port)
-        self.on_end: Callable[[], None] = lambda: None
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            near, _ = self._listener.accept()
-            far = self._connect()
-            if far is None:
-                near.close()  # Not there yet: JAX tries again.
-                continue
-            threading.Thread(target=self._pump, args=(near, far, False), daemon=True).start()
-            threading.Thread(target=self._pump, args=(far, near, True), daemon=True).start()
-
-    def _connect(self) -> socket.socket | None:
-        try:
-            far = socket.create_connection(self._target, timeout=10)
-        except OSError:
-            return None
-        far.settimeout(None)
-        return far
-
-    def _pump(self, source: socket.socket, sink: socket.socket, from_target: bool) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                sink.sendall(data)
-        if from_target and (again := self._connect()) is None:
-            self.on_end()
-        elif from_target:
-            again.close()
-        with contextlib.suppress(OSError):
-            sink.shutdown(socket.SHUT_RDWR)
+def _start_relay(target: str) -> subprocess.Popen:
+    """`relay.py` in a process of its own: JAX holds Python's lock in some calls to the coordinator."""
+    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("relay.py")), target]
+    # Ctrl-C is for this process; the relay ends with it, when its stdin does.
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
