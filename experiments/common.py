@@ -31,6 +31,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from experiments import INTERRUPTED, leave_at_interrupt
+from pointillist_jax import peers
 from pointillist_jax.configs import Config
 from pointillist_jax.files import UserError, require_writable
 from pointillist_jax.interrupts import unheard_by_children
@@ -39,7 +40,8 @@ from pointillist_jax.interrupts import unheard_by_children
 def run(main: Callable[[], None]) -> None:
     """Parses absl flags and runs `main()`. What ends it early becomes one sentence on stderr and an exit code.
 
-    2 for errors the user can mend, 130 for Ctrl-C; 141 without a word when nobody reads stdout any more.
+    2 for errors the user can mend, 75 in a job whose other processes are lost (`peers`), 130 for Ctrl-C; 141 without a
+    word when nobody reads stdout any more.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -70,6 +72,8 @@ def run(main: Callable[[], None]) -> None:
             elif (sentence := sentence_of(error)) is not None:
                 said, code = f"error: {sentence}", 2
             else:
+                # What a collective says when another process is gone is no defect, and that process is named soon.
+                peers.wait_for_verdict()
                 raise
         # The frames of `main` are gone, and so are their progress bars, also those in cycles: their lines have ended.
         if code:
@@ -79,6 +83,7 @@ def run(main: Callable[[], None]) -> None:
             with contextlib.suppress(BrokenPipeError):
                 print(said, file=sys.stderr)
         if code:
+            peers.fail(code)
             sys.exit(code)
 
     def parse(argv: list[str]) -> list[str]:

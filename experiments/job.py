@@ -17,11 +17,15 @@ _OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Delete --workdir first.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0, or auto; for jobs of several processes.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator.")
+_LOST_AFTER = flags.DEFINE_integer(
+    "lost_after", 30, "With --coordinator: seconds without a sign of life of another process until this one stops.",
+    lower_bound=3,
+)  # fmt: skip
 
 
 def start_job() -> None:
     """Joins the other processes of the job, if there are any; to be called before anything touches a device."""
-    start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _LOST_AFTER.value)
 
 
 def open_job(workdir: str | Path, outputs: Sequence[str]) -> Path:

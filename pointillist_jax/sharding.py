@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pointillist_jax.files import UserError
+from pointillist_jax.peers import join_job
 
 AXES = ("data", "fsdp", "tensor", "context")
 
@@ -190,13 +191,18 @@ def _batch_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
 
 
-def start_processes(coordinator: str, num_processes: int | None = None, process_id: int | None = None) -> None:
+def start_processes(
+    coordinator: str, num_processes: int | None = None, process_id: int | None = None, lost_after: float = 30
+) -> None:
     """Joins this process to the others of a job. Call it before anything else asks JAX for devices.
+
+    When another process is lost from then on, this one ends with a sentence and exit code 75 (`peers`).
 
     Args:
       coordinator: "host:port" of process 0; "auto" takes all from SLURM, Kubernetes, Open MPI or a TPU pod; "" is a
         job of one process.
       num_processes, process_id: needed with an explicit coordinator.
+      lost_after: seconds without a sign of life after which another process counts as lost.
 
     Raises:
       UserError: a coordinator without the numbers, or numbers without a coordinator.
@@ -210,10 +216,7 @@ def start_processes(coordinator: str, num_processes: int | None = None, process_
         raise UserError(f"--coordinator={coordinator} needs --num_processes and --process_id as well.")
     # CPU devices of different processes can only talk through gloo; other platforms ignore it.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if coordinator == "auto":
-        jax.distributed.initialize()
-    else:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+    join_job(None if coordinator == "auto" else coordinator, num_processes, process_id, lost_after)
 
 
 def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:

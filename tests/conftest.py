@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from experiments.common import json_line
 from experiments.random_flame import write_flame
 from pointillist_jax.flame import FlameModel, FlameParams, load_flame
 
@@ -54,3 +55,16 @@ def random_params(rng: np.random.Generator, model: FlameModel, batch: tuple[int,
         static_offset=rng.normal(0, 1e-3, (*batch, v, 3)),
     )
     return jax.tree.map(lambda x: jax.numpy.asarray(x, model.v_template.dtype), params)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One JSON line of what tests/endurance did: the sums of what its tests have counted, from all workers."""
+    found: dict[str, float] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, value in getattr(report, "user_properties", ()) if report.when == "call" else ():
+                if name.startswith("endurance."):
+                    key = name.removeprefix("endurance.")
+                    found[key] = found.get(key, 0) + value
+    if found:
+        json_line("endurance", found)

@@ -5,6 +5,7 @@
                              state    what else a step changes: optimiser, step, key
                              data     the Grain iterator of every process
                              meta     config, tokenizer, versions (JSON)
+                             sums     checksums of all of these (JSON)
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from pointillist_jax.files import FileFormatError, UserError, WriteError, atomic_folder
+from pointillist_jax.training.checksums import check_sums, checksums
 from pointillist_jax.training.state import TrainState
 from pointillist_jax.training.weights import load_weights
 
@@ -81,8 +83,10 @@ class Checkpoints:
           WriteError: this one or the one before cannot be written.
         """
         step = int(state.step)
-        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-        items |= {"data": ocp.args.JsonSave(data.get_state()), "meta": ocp.args.JsonSave(meta)}
+        arrays, texts = _items(state), {"data": data.get_state(), "meta": meta}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        items |= {name: ocp.args.JsonSave(text) for name, text in texts.items()}
+        items["sums"] = ocp.args.JsonSave(checksums(arrays, texts))
         with _writing(self.folder):
             saved = self._manager.save(step, args=ocp.args.Composite(**items))
         if not saved:
@@ -118,14 +122,15 @@ class Checkpoints:
         problems = []
         for step in reversed(self.steps):
             try:
-                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+                texts, sums = self._restore_texts(step)
             except Exception as error:  # Orbax and TensorStore raise many kinds for damaged or missing files.
                 problems.append(self._skip(step, error))
                 continue
             if check is not None:
-                check(meta)
+                check(texts["meta"])
             try:
-                state = self._restore(step, abstract, data)
+                state = self._restore(step, abstract, sums)
+                data.set_state(texts["data"])
             except Exception as error:
                 problems.append(self._skip(step, error))
                 continue
@@ -133,7 +138,7 @@ class Checkpoints:
             for newer in [other for other in self.steps if other > step]:
                 self._manager.delete(newer)  # By process 0; the others wait for it.
                 _log.warning("checkpoint %s of %s is deleted: the run goes on from step %s", newer, self.folder, step)
-            return state, meta
+            return state, texts["meta"]
         if problems:
             raise UserError(
                 f"none of the {len(problems)} checkpoints in {self.folder} fits this run ({problems[0]}): resume with "
@@ -145,10 +150,20 @@ class Checkpoints:
         _log.warning("checkpoint %s of %s is skipped: %s", step, self.folder, _reason(error))
         return f"step {step}: {_reason(error)}"
 
-    def _restore(self, step: int, abstract: TrainState, data: Any) -> TrainState:
+    def _restore_texts(self, step: int) -> tuple[dict[str, Any], dict[str, int] | None]:
+        """The JSON items of a checkpoint, and its checksums: None in one that was made before there were any."""
+        named = {"meta", "data"} | ({"sums"} if (self.folder / str(step) / "sums").is_dir() else set())
+        found = self._manager.restore(step, args=ocp.args.Composite(**dict.fromkeys(named, ocp.args.JsonRestore())))
+        texts, sums = {name: found[name] for name in ("meta", "data")}, found.get("sums")
+        if sums is not None:
+            check_sums(sums, {}, texts)
+        return texts, sums
+
+    def _restore(self, step: int, abstract: TrainState, sums: dict[str, int] | None) -> TrainState:
         items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
-        found = self._manager.restore(step, args=ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
-        data.set_state(found["data"])
+        found = dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
+        if sums is not None:
+            check_sums(sums, found, {})
         return TrainState(params=found["params"], ema=found.get("ema"), **found["state"])
 
 
@@ -172,19 +187,23 @@ def load_params(workdir: str | os.PathLike, step: int | None = None, *, ema: boo
     if not steps or (step is not None and step not in steps):
         raise FileNotFoundError(f"{folder} has no checkpoint{'' if step is None else f' {step}'}: check the path.")
     folder = folder / str(steps[-1] if step is None else step)
-    item = folder / ("ema" if ema and (folder / "ema").is_dir() else "params")
+    item = arrays = folder / ("ema" if ema and (folder / "ema").is_dir() else "params")
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             tree = reader.metadata(item).item_metadata.tree
             # As NumPy: arrays would ask for the devices they were saved from.
             how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             params = reader.restore(item, args=ocp.args.PyTreeRestore(restore_args=how))
-        item = folder / "meta"
+        texts = {}
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            meta = reader.restore(item)
+            for item in (folder / "meta", folder / "sums"):
+                if item.name == "meta" or item.is_dir():  # Earlier versions saved no checksums.
+                    texts[item.name] = reader.restore(item)
+        if "sums" in texts:
+            check_sums(texts["sums"], {arrays.name: params}, {"meta": texts["meta"]})
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged or missing files.
         raise FileFormatError(f"{item} cannot be read ({_reason(error)}): name an earlier step.") from None
-    return params, meta
+    return params, texts["meta"]
 
 
 def newest_step(workdir: str | os.PathLike) -> int:
@@ -223,8 +242,10 @@ def save_params(
         target = temporary.resolve() / str(step)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
             writer.save(target / "params", args=ocp.args.PyTreeSave(params))
+        sums = checksums({"params": params}, {"meta": meta})
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
-            writer.save(target / "meta", args=ocp.args.JsonSave(meta))
+            for name, text in {"meta": meta, "sums": sums}.items():
+                writer.save(target / name, args=ocp.args.JsonSave(text))
 
 
 def model_kind(meta: Mapping[str, Any], where: str | os.PathLike) -> str:
@@ -250,8 +271,10 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # TensorStore raises ValueError with the name of a status: "RESOURCE_EXHAUSTED: Error writing …".
-        if isinstance(error, OSError) or (isinstance(error, ValueError) and re.match(r"[A-Z_]{4,}: ", str(error))):
+        # TensorStore raises ValueError with the name of a status: "RESOURCE_EXHAUSTED: Error writing …". So do
+        # collectives when another process of the job is gone.
+        status = isinstance(error, ValueError) and re.match(r"[A-Z_]{4,}: (?!Gloo|NCCL)", str(error))
+        if isinstance(error, OSError) or status:
             raise WriteError(folder, error) from None
         raise
 

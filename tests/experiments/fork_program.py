@@ -6,6 +6,7 @@ touches a device: JAX's back ends must not be forked.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import importlib
@@ -75,8 +76,10 @@ def _watch(child: int, request: dict[str, Any], pipes: dict[int, str]) -> dict[s
                 os.close(pipe)
                 del pipes[pipe]
         if moment and sent is None and _come(moment, found):
+            time.sleep(moment.get("after", 0))
             sent = time.monotonic()
-            os.killpg(child, signal.Signals[moment["signal"]])
+            with contextlib.suppress(ProcessLookupError):  # It was faster.
+                os.killpg(child, signal.Signals[moment["signal"]])
     timed_out = bool(pipes)
     if timed_out:
         os.killpg(child, signal.SIGKILL)
@@ -96,7 +99,7 @@ def _watch(child: int, request: dict[str, Any], pipes: dict[int, str]) -> dict[s
     }
 
 
-def _come(moment: dict[str, str], found: dict[str, bytes]) -> bool:
+def _come(moment: dict[str, Any], found: dict[str, bytes]) -> bool:
     if "seen" in moment:
         return re.search(moment["seen"].encode(), found["out"] + found["err"]) is not None
     root, pattern = moment["exists"]
@@ -113,12 +116,15 @@ def _run(request: dict[str, Any], out: int, err: int, said: int) -> None:
         os.dup2(err, 2)
         # As for a script that is started: the text layers belong to the new descriptors.
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+        import jax
+
         from experiments.common import run
 
-        if request["script"].startswith("experiments."):
-            module = importlib.import_module(request["script"])
+        module = importlib.import_module(request["script"])
         if request.get("space") is not None:
             answer["full"] = _small_disk(request["where"], request["space"])
+        if request.get("limit") is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], request["limit"]))
         if request.get("obey_permissions"):
             _drop_overrides()
         sys.argv = [request["script"].rpartition(".")[2], *request["arguments"]]
@@ -127,6 +133,8 @@ def _run(request: dict[str, Any], out: int, err: int, said: int) -> None:
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if jax.distributed.is_initialized():  # The others of the job wait for what Python does at its end.
+            atexit._run_exitfuncs()
         where = request.get("where")
         files = sorted(p for p in Path(where).rglob("*") if not p.is_dir() and p.name != _FILLER) if where else []
         answer |= {"files": [str(p) for p in files], "broken": [str(p) for p in files if not _whole(p)]}
@@ -163,9 +171,17 @@ def _whole(path: Path) -> bool:
 def _small_disk(where: str, space: int) -> str:
     """Leaves so many bytes for what is written below `where`, which exists; returns how.
 
-    A tmpfs of that size where this process may mount one: in a mount namespace of its own, so nobody else sees it.
-    Else a limit on the size of any file.
+    A tmpfs of that size where this process may mount one, else a limit on the size of any file.
     """
+    if mount_small_disk(where, space):
+        return "tmpfs"
+    # Python ignores SIGXFSZ: writing fails with EFBIG.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (space, space))
+    return "limit"
+
+
+def mount_small_disk(where: str, space: int) -> bool:
+    """Mounts a tmpfs for this process and its children alone, in a mount namespace of their own, if it may."""
     libc = ctypes.CDLL(None, use_errno=True)
     size = f"size={_PAGE + space // _PAGE * _PAGE}".encode()
     if (
@@ -174,10 +190,8 @@ def _small_disk(where: str, space: int) -> str:
         and libc.mount(b"tmpfs", where.encode(), b"tmpfs", 0, size) == 0
     ):
         (Path(where) / _FILLER).write_bytes(b"\0" * _PAGE)
-        return "tmpfs"
-    # Python ignores SIGXFSZ: writing fails with EFBIG.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (space, space))
-    return "limit"
+        return True
+    return False
 
 
 def _drop_overrides() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from tests.experiments.fork_program import mount_small_disk
 from tests.experiments.small_ar import ROOT, environment
 
 # Compilation is most of the time; what is tested does not depend on its optimisations.
@@ -44,13 +46,18 @@ class Forks:
 
     Args:
       cache: folder for compiled programs.
+      devices: simulated ones, of each run.
+      disk: a folder, and the bytes of the small disk that all runs then find there, if this process may mount one. See
+        `view`.
     """
 
-    def __init__(self, cache: Path):
+    def __init__(self, cache: Path, devices: int = 1, disk: tuple[Path, int] | None = None):
+        flags = f"{QUICK['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.experiments.fork_program"],
             cwd=ROOT,
-            env=environment(cache) | QUICK,
+            env=environment(cache) | {"XLA_FLAGS": flags},
+            preexec_fn=disk and functools.partial(mount_small_disk, str(disk[0]), disk[1]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -58,6 +65,10 @@ class Forks:
 
     def __enter__(self) -> Forks:
         return self
+
+    def view(self, path: Path) -> Path:
+        """Where this process sees what lies at `path` for the runs."""
+        return Path(f"/proc/{self._process.pid}/root{path}")
 
     def __exit__(self, *_) -> None:
         self._process.kill()
@@ -69,24 +80,27 @@ class Forks:
         *arguments: str,
         where: Path | None = None,
         space: int | None = None,
+        limit: int | None = None,
         obey_permissions: bool = False,
         interrupt: dict[str, Any] | None = None,
         timeout: float = 300,
     ) -> Ended:
-        """Runs `experiments.<script>` with these arguments.
+        """Runs `experiments.<script>`, or a module whose name has a point, with these arguments.
 
         Args:
           where: its output folder, for `Ended.files` and `space`.
           space: bytes that can be written below `where`, which must exist then.
+          limit: bytes that any file may have.
           obey_permissions: root too must not write into read-only folders.
           interrupt: {"signal": "SIGINT", "seen": a pattern in its output} or {…, "exists": [folder, glob]}: sent to the
-            script's process group then, as a terminal does.
+            script's process group then, as a terminal does, or "after" so many seconds.
         """
         request = {
-            "script": f"experiments.{script}",
+            "script": script if "." in script else f"experiments.{script}",
             "arguments": list(arguments),
             "where": None if where is None else str(where),
             "space": space,
+            "limit": limit,
             "obey_permissions": obey_permissions,
             "interrupt": interrupt,
             "timeout": timeout,

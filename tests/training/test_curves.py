@@ -1,0 +1,46 @@
+"""Both stages on every kind of mesh of 8 devices: over 20 steps the losses of one device, with accumulation too."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from tests.training import ar_runs, decoder_scene
+from tests.training.ar_runs import finish, start
+from tests.training.curves_program import CONFIG
+
+pytestmark = pytest.mark.slow
+# Mesh → `accumulate`, of which each has both or one: every axis is there with and without.
+MESHES = {
+    "ar": {
+        "data:8": (1, 2), "fsdp:8": (1, 2), "data:2,tensor:4": (1,), "data:1,tensor:4,context:2": (1, 2),
+        "data:4,context:2": (2,), "data:2,fsdp:2,tensor:2": (1, 2), "data:1,fsdp:2,tensor:2,context:2": (1, 2),
+    },
+    # Devices that differ on tensor or context only would render the same.
+    "decoder": {"data:8": (1, 2), "fsdp:8": (1,), "data:4,fsdp:2": (2,), "data:2,fsdp:4": (1,)},
+}  # fmt: skip
+
+
+def write_ar_people(path):
+    store = ar_runs.write_people(path)
+    ar_runs.write_features(store, dataclasses.replace(ar_runs.CONFIG, model=CONFIG))
+
+
+@pytest.mark.parametrize("stage", list(MESHES))
+def test_twenty_steps_are_the_same_on_every_mesh(stage, tmp_path):
+    {"ar": write_ar_people, "decoder": decoder_scene.write_people}[stage](tmp_path / "people")
+    wanted = [("one", 1), *((mesh, parts) for mesh, both in MESHES[stage].items() for parts in both)]
+    program = [sys.executable, "-m", "tests.training.curves_program", stage, str(tmp_path / "people")]
+    said = finish(start([*program, json.dumps(wanted)], tmp_path / "cache", devices=8))
+    single, *others = json.loads(said.splitlines()[-1])
+    assert len(single) == 20
+    assert single[-1] < single[0]
+    worst = {
+        pair: float(np.max(np.abs(np.divide(losses, single) - 1)))
+        for pair, losses in zip(wanted[1:], others, strict=True)
+    }
+    assert max(worst.values()) < 1e-5, worst
