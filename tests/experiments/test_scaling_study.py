@@ -68,8 +68,8 @@ def test_predictions_of_devices_that_are_not_there(tmp_path):
 def test_sizes_are_trained_alike(tmp_path):
     write_people(tmp_path / "store", 4)
     small = [f"--config.model.{x}" for x in ("head_dim=8", "window=32", "attention=xla", "mlp_width=64", "width=32")]
-    encoder = ("image_size=14", "num_points=16")
-    options = [*small, *(f"--config.model.encoder.{x}" for x in encoder), "--config.train.steps=4", "--config.train.batch_size=1"]  # fmt: skip
+    small += [f"--config.model.encoder.{x}" for x in ("image_size=14", "num_points=16")]
+    options = [*small, "--config.train.steps=4", "--config.train.batch_size=1"]
     found = study(
         "--mode=size", f"--store={tmp_path}/store", "--sizes=8x1,16x1,24x2", f"--workdir={tmp_path}/out", *options
     )
