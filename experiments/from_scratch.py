@@ -84,7 +84,7 @@ def train_from_scratch(workdir: Path, model: FlameModel, scale: Scale, stages: S
     with stages.stage("everyone as tokens"):
         script("tokenize", f"--fits={workdir}/people", f"--workdir={workdir}/tokens", "--overwrite")
     with stages.stage("the autoregressive transformer, for some minutes"):
-        settings = {"data.held_out": 2, "train.steps": 250, "train.eval_every": 125}
+        settings = {"data.held_out": 2, "train.steps": 200, "train.eval_every": 100}
         if smoke:
             settings = {"data.held_out": 1, "data.stride": 64, "model.window": 64, "model.layers": 1, "train.steps": 4}
         script("train_ar", f"--store={workdir}/tokens", f"--workdir={workdir}/ar", "--overwrite",
@@ -98,7 +98,7 @@ def train_from_scratch(workdir: Path, model: FlameModel, scale: Scale, stages: S
     with stages.stage("the Gaussian decoder, for some minutes"):
         script("extract_features", f"--ar={workdir}/ar", f"--store={workdir}/tokens", f"--workdir={workdir}/features",
                "--overwrite")  # fmt: skip
-        settings = {"decoder.layers": 1, "decoder.train.steps": 2} if smoke else {"decoder.train.steps": 200}
+        settings = {"decoder.layers": 1, "decoder.train.steps": 2} if smoke else {"decoder.train.steps": 160}
         script("train_decoder", f"--features={workdir}/features", f"--captures={workdir}/people",
                f"--workdir={workdir}/decoder", f"--downscale={1 if smoke else 2}", "--overwrite",
                *config_flags(settings))  # fmt: skip
