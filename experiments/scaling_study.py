@@ -85,11 +85,14 @@ def main() -> None:
     study = {
         "mode": MODE.value,
         "preset": flags.FLAGS["config"].value,
-        "flags": {name: flags.FLAGS[name].value for name in ("stages", "batch_per_device", "steps", "simulate",
-                                                             "utilisation", "hardware", "sizes")},
+        "flags": {
+            name: flags.FLAGS[name].value
+            for name in ("stages", "meshes", "batch_per_device", *ONLY)
+            if ONLY.get(name, MODE.value) == MODE.value
+        },
         "config": dataclasses.asdict(config),
         "rows": found,
-    }  # fmt: skip
+    }
     text, figures = scaling_report.write(study, workdir)
     print(text)
     json_line("scaling", {"mode": MODE.value, "preset": study["preset"], **figures})
