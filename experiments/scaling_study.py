@@ -131,9 +131,11 @@ def meshes_of(count: int, config: Config, stage: str) -> list[str]:
     if MESHES.value:
         return [mesh for mesh in MESHES.value.split(";") if _takes(mesh, count) and _fits(mesh, count, config)]
     tried = [f"data:{count}"]
-    tried += [f"data:{count // n},fsdp:{n}" for n in sorted({8, 16, min(count, 64)}) if count > 1 and count % n == 0]
+    tried += [f"data:{count // n},fsdp:{n}" for n in sorted({8, min(count, 64)}) if count > 1 and count % n == 0]
     if stage == "one":
-        tried += [f"data:{count // n},{axis}:{n}" for axis in ("tensor", "context") for n in INSIDE if count % n == 0]
+        # Eight ways are worth a compilation where few devices leave no other choice.
+        inside = [n for n in INSIDE if count % n == 0 and (n < 8 or count <= 16)]
+        tried += [f"data:{count // n},{axis}:{n}" for axis in ("tensor", "context") for n in inside]
         tried += (
             [f"data:{count // 8},fsdp:4,tensor:2", f"data:{count // 8},tensor:2,context:4"] if count % 8 == 0 else []
         )
