@@ -114,7 +114,7 @@ def planned(config: Config) -> Iterator[Row]:
     seen = set()
     for stage in STAGES.value:
         for count in counts:
-            for mesh in meshes_of(count, config, stage):
+            for mesh in meshes_of(count, config, stage, MESHES.value):
                 sizes = mesh_sizes(mesh, count)
                 shares = sizes["data"] * sizes["fsdp"]
                 # Weak scaling: as much for every device; strong: the largest count's batch for all.
@@ -126,10 +126,10 @@ def planned(config: Config) -> Iterator[Row]:
                         yield row
 
 
-def meshes_of(count: int, config: Config, stage: str) -> list[str]:
-    """Meshes of so many devices that the model divides over: those of --meshes, or all that are worth a try."""
-    if MESHES.value:
-        return [mesh for mesh in MESHES.value.split(";") if _takes(mesh, count) and _fits(mesh, count, config)]
+def meshes_of(count: int, config: Config, stage: str, given: str = "") -> list[str]:
+    """Meshes of so many devices that the model divides over: those given, or all that are worth a try."""
+    if given:
+        return [mesh for mesh in given.split(";") if _takes(mesh, count) and _fits(mesh, count, config)]
     tried = [f"data:{count}"]
     tried += [f"data:{count // n},fsdp:{n}" for n in sorted({8, min(count, 64)}) if count > 1 and count % n == 0]
     if stage == "one":
