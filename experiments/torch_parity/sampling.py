@@ -15,7 +15,7 @@ import torch
 
 from experiments.torch_parity.rows import Row, compare
 from experiments.torch_parity.taps import tensors
-from experiments.torch_reference.decode import Decoder
+from experiments.torch_reference.decode import decoder_of
 from experiments.torch_reference.point_transformer import PointTransformer
 from pointillist_jax.configs import ModelConfig
 from pointillist_jax.models.ar import accumulator
@@ -46,12 +46,12 @@ def sampling_rows(
     ]
     tokens, number = np.asarray(made.tokens), np.asarray(made.num_points)
     with torch.inference_mode():
-        decoder = Decoder(twin, tensors(context))
+        decoder = decoder_of(twin, tensors(context))
         found, *_ = decoder.generate(points, uniforms=tensors(jnp.stack(draws)))
         longest = int(number.max())
         forced = tokens[:, 4 : 4 + 4 * longest].reshape(len(tokens), longest, 4) - [0, 0, 0, config.bins]
         forced = np.where(np.arange(longest)[:, None] < number[:, None, None], forced, -1)
-        decoder = Decoder(twin, tensors(context))
+        decoder = decoder_of(twin, tensors(context))
         _, log_probs, states, _ = decoder.points(decoder.start(), 0, tensors(forced))
     total = int((4 * number + 4).sum())
     differ = int((found.numpy() != tokens).sum())
