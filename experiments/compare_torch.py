@@ -5,8 +5,9 @@
 
 The same random weights and inputs go through `pointillist_jax` and through experiments/torch_reference. Every block is
 given the same input on both sides, so that its row speaks of this block alone; "models" are the same places with all
-blocks in a chain. `steps` trains the point transformer (a context is given) and the Gaussian decoder (through head,
-rig, rasteriser and losses) from the same weights on the same batches. `sampling` draws with the same uniform numbers.
+blocks in a chain. `steps` trains the point transformer (with its encoders, unless they are frozen) and the Gaussian
+decoder (through head, rig, rasteriser and losses) from the same weights on the same batches. `sampling` draws with the
+same uniform numbers.
 
 Prints a table, worst first: largest difference, the same over the largest value expected, 1 - cosine, tolerance
 (`torch_parity/rows.py` says where the tolerances come from). Writes rows.json, rows.csv and drift.png. Exit code 1 if a
@@ -128,8 +129,9 @@ def write(workdir: Path, rows: dict[int, list], drifts: dict[str, list[tuple[int
 
 def _with_dtype(config: Config, dtype: str) -> Config:
     model = dataclasses.replace(config.model, dtype=dtype, encoder=dataclasses.replace(config.model.encoder))
-    width = {"feature_width": model.width, "context_width": model.width}
-    return dataclasses.replace(config, model=model, decoder=dataclasses.replace(config.decoder, dtype=dtype, **width))
+    # As it is told by the token store and the AR model in a training.
+    decoder = config.decoder.for_features(model.tokenizer, model.width, config.decoder.space, context_length(model))
+    return dataclasses.replace(config, model=model, decoder=dataclasses.replace(decoder, dtype=dtype))
 
 
 def _checked() -> list[int]:

@@ -27,7 +27,7 @@ from experiments.torch_reference import rasterizer as torch_rasterizer
 from experiments.torch_reference.gaussian_decoder import GaussianDecoder
 from experiments.torch_reference.training import Optimizer, StageTwo, stage_two_step
 from pointillist_jax.cameras import orbit
-from pointillist_jax.configs import DecoderConfig
+from pointillist_jax.configs import PATCH_COLORS, DecoderConfig
 from pointillist_jax.convert import lpips_from_torch
 from pointillist_jax.convert.reference import decoder_to_torch
 from pointillist_jax.flame import FlameModel, FlameParams, animate, bind_points, flame_vertices, open_head
@@ -53,9 +53,14 @@ class Scene:
     batch: dict[str, Any]
 
 
+def astype(head: FlameModel, dtype: Any) -> FlameModel:
+    """The head's floating-point arrays in another dtype."""
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype if x.dtype.kind == "f" else x.dtype), head)
+
+
 def make_scene(rng: np.random.Generator, config: DecoderConfig, points: int, dtype: Any) -> Scene:
     """Two people. `points`: P; a third of the second one's are padding."""
-    head = jax.tree.map(lambda x: jnp.asarray(x, dtype if x.dtype.kind == "f" else x.dtype), open_head("coarse"))
+    head = astype(open_head("coarse"), dtype)
     neutral = {name: np.asarray(getattr(head.neutral_params(), name), dtype) for name in FLAME_FIELDS}
     deviations = {"shape": 0.5, "expr": 0.5, "rotation": 0.2, "neck_pose": 0.2, "jaw_pose": 0.1, "eyes_pose": 0.2}
     sample = lambda name, *batch: (  # noqa: E731
@@ -82,7 +87,10 @@ def make_scene(rng: np.random.Generator, config: DecoderConfig, points: int, dty
         "weight": np.ones((2, VIEWS), np.float32),
     }
     if config.cross_attention:
-        batch["context"] = rng.normal(size=(2, 7, config.context_width)).astype(dtype)
+        tokens = rng.normal(size=(2, config.context_tokens or 7, config.context_width))
+        if config.context_colors:
+            tokens[..., -PATCH_COLORS:] = rng.uniform(-1, 1, (*tokens.shape[:2], PATCH_COLORS))
+        batch["context"] = tokens.astype(dtype)
     # Every view needs an identity; the renderer takes the canonical one.
     batch["flame"]["shape"] = np.broadcast_to(canonical["shape"][:, None], (2, VIEWS, neutral["shape"].size)).copy()
     return Scene(head, batch)
