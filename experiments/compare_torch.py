@@ -10,8 +10,9 @@ decoder (through head, rig, rasteriser and losses) from the same weights on the 
 same uniform numbers.
 
 Prints a table, worst first: largest difference, the same over the largest value expected, 1 - cosine, tolerance
-(`torch_parity/rows.py` says where the tolerances come from). Writes rows.json, rows.csv and drift.png. Exit code 1 if a
-tolerance is broken; the last lines then name the first diverging block in the order of the data flow.
+(`torch_parity/rows.py` says where the tolerances come from). Writes rows.json, rows.csv and drift.png. `speed` times
+both sides in turn, at --length and --points. Exit code 1 if a tolerance is broken; the last lines then name the first
+diverging block in the order of the data flow.
 """
 
 from __future__ import annotations
@@ -86,9 +87,10 @@ def main() -> None:
     workdir = Path(WORKDIR.value)
     write(workdir, rows, drifts)
     for row in speed:
+        slower = "  JAX IS SLOWER" if row["torch_over_jax_cpu"] < 1 else ""
         print(
-            f"  {row['what']:<20} jax {row['jax_cpu_ms']:9.2f} ms of CPU, torch {row['torch_cpu_ms']:9.2f}: torch "
-            f"takes {row['torch_over_jax_cpu']:.2f} × jax's"
+            f"  {row['what']:<32} jax {row['jax_cpu_ms']:9.2f} ms of CPU, torch {row['torch_cpu_ms']:9.2f}: torch "
+            f"takes {row['torch_over_jax_cpu']:.2f} × jax's ({row['torch_over_jax_wall']:.2f} × by the clock){slower}"
         )
     broken = {seed: first_diverging(found) for seed, found in rows.items()}
     print(f"\neverything lies in {workdir}/: rows.json, rows.csv" + (", drift.png" if drifts else ""))

@@ -132,15 +132,8 @@ def block_rows(scene: Scene, rng: np.random.Generator, bounds: Mapping[str, floa
         other = torch_flame.bind(twin, tensors(first["canonical"]), tensors(first["points"]), tensors(first["binding"]))
         for name in RIG_FIELDS:
             row(f"rig.{name}", getattr(rig, name), getattr(other, name))
-        count = len(first["points"])
-        quats = rng.normal(size=(count, 4)).astype(dtype)
-        gaussians = Gaussians(
-            means=first["points"],
-            quats=jnp.asarray(quats / np.linalg.norm(quats, axis=1, keepdims=True)),
-            scales=jnp.asarray(rng.uniform(0.005, 0.02, (count, 3)).astype(dtype)),
-            opacities=jnp.asarray(rng.uniform(0.2, 0.9, count).astype(dtype)),
-            colors=jnp.asarray(rng.uniform(size=(count, 3)).astype(dtype)),
-        )
+        given = random_gaussians(rng, len(first["points"]), dtype)
+        gaussians = Gaussians(**{**given, "means": first["points"]})
         moved = jax.jit(animate)(Avatar(gaussians, rig), head, FlameParams(**posed))
         same_rig = other._replace(**{n: tensors(getattr(rig, n)) for n in RIG_FIELDS})
         found = torch_flame.animate(twin, same_rig, tensors(gaussians.quats), tensors(gaussians.scales), tensors(posed))
@@ -150,24 +143,13 @@ def block_rows(scene: Scene, rng: np.random.Generator, bounds: Mapping[str, floa
             row(f"animate.{name}", square(getattr(moved, name)), square(value))
     inputs = {name: getattr(moved, name) for name in ("means", "quats", "scales", "opacities", "colors")}
     inputs |= {"viewmats": first["viewmats"], "Ks": first["Ks"]}
-    bars = rng.normal(size=(VIEWS, PIXELS, PIXELS, 3)).astype(dtype)
-
-    @functools.partial(jax.value_and_grad, has_aux=True)
-    def render(inputs):
-        image, alpha, info = rasterize(**inputs, width=PIXELS, height=PIXELS, backgrounds=jnp.ones(3, dtype),
-                                       backend="jax", capacity=CAPACITY)  # fmt: skip
-        return jnp.sum(image * bars), (image, alpha, info["overflow"])
-
-    (_, (image, alpha, overflow)), gradients = jax.jit(render)(inputs)
+    (_, (image, alpha, overflow)), gradients = jax_render(np.random.default_rng(0), dtype)(inputs)
     if int(jnp.max(overflow)):
         raise ValueError("the scene needs more tile intersections")
-    leaves = {name: value.requires_grad_() for name, value in tensors(inputs).items()}
-    pictures = torch_rasterizer.rasterize(
-        **leaves, width=PIXELS, height=PIXELS, backgrounds=torch.ones(3, dtype=leaves["means"].dtype)
-    )
+    leaves = tensors(inputs)
+    pictures = torch_render(np.random.default_rng(0), dtype)(leaves)
     row("rasterizer.image", image, pictures[0])
     row("rasterizer.alpha", alpha, pictures[1])
-    (pictures[0] * tensors(bars)).sum().backward()
     for name, leaf in leaves.items():
         row(f"rasterizer.{name}", gradients[name], leaf.grad, "gradients")
     weights = random_vgg(rng, dtype)
@@ -183,6 +165,49 @@ def block_rows(scene: Scene, rng: np.random.Generator, bounds: Mapping[str, floa
         row(f"losses.{name}", value, found)
         row(f"losses.{name} by the image", gradient, leaf.grad, "gradients")
     return rows
+
+
+def random_gaussians(rng: np.random.Generator, count: int, dtype: Any) -> dict[str, jax.Array]:
+    """Gaussians of millimetres around the head's place."""
+    quats = rng.normal(size=(count, 4))
+    arrays = {
+        "means": rng.normal(0, 0.06, (count, 3)),
+        "quats": quats / np.linalg.norm(quats, axis=1, keepdims=True),
+        "scales": rng.uniform(0.005, 0.02, (count, 3)),
+        "opacities": rng.uniform(0.2, 0.9, count),
+        "colors": rng.uniform(size=(count, 3)),
+    }
+    return {name: jnp.asarray(x.astype(dtype)) for name, x in arrays.items()}
+
+
+def jax_render(rng: np.random.Generator, dtype: Any):
+    """inputs → ((a random sum of the pictures, (pictures, alphas, overflow)), its gradient by every input)."""
+    bars = rng.normal(size=(VIEWS, PIXELS, PIXELS, 3)).astype(dtype)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def render(inputs):
+        image, alpha, info = rasterize(**inputs, width=PIXELS, height=PIXELS, backgrounds=jnp.ones(3, dtype),
+                                       backend="jax", capacity=CAPACITY)  # fmt: skip
+        return jnp.sum(image * bars), (image, alpha, info["overflow"])
+
+    return render
+
+
+def torch_render(rng: np.random.Generator, dtype: Any):
+    """inputs → (pictures, alphas), with the same sum's gradient in every input."""
+    bars = torch.tensor(rng.normal(size=(VIEWS, PIXELS, PIXELS, 3)).astype(dtype))
+
+    def render(inputs):
+        for leaf in inputs.values():
+            leaf.requires_grad_().grad = None
+        pictures = torch_rasterizer.rasterize(
+            **inputs, width=PIXELS, height=PIXELS, backgrounds=torch.ones(3, dtype=bars.dtype)
+        )
+        (pictures[0] * bars).sum().backward()
+        return pictures
+
+    return render
 
 
 def step_comparison(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -119,11 +121,17 @@ class Suite:
         return sampling_rows(params, twin, self.config.model, context, points, self.seed, self.bounds)
 
     def speed(self, rounds: int) -> list[dict[str, Any]]:
-        """Training step, cached sampling and head, in turn; medians of milliseconds and torch's over JAX's."""
-        cases = {
-            "training step": (self._jax_step(), self._torch_step()),
+        """Training step, cached sampling, head and rasteriser, in turn; medians of milliseconds and torch's over JAX's.
+
+        Where there is a C++ compiler, the step is also timed against the one that `torch.compile` makes.
+        """
+        cases = {"training step": (self._jax_step(), self._torch_step())}
+        if shutil.which(os.environ.get("CXX", "g++")):
+            cases["training step, torch.compile"] = self._jax_step(), self._torch_step(compiled=True)
+        cases |= {
             "cached sampling": (self._jax_sampling(), self._torch_sampling()),
-            "lbs": self._lbs(),
+            "lbs, 64 poses": self._lbs(),
+            "rasteriser, forward and backward": self._rasteriser(),
         }
         rows = []
         for what, (ours, theirs) in cases.items():
@@ -177,8 +185,10 @@ class Suite:
 
         return once
 
-    def _torch_step(self):
+    def _torch_step(self, compiled: bool = False):
         twin = self.twin()
+        if compiled:
+            twin.loss_sums = torch.compile(twin.loss_sums)
         model, optimizer, batch = StageOne(twin), Optimizer(twin, self.config.train), tensors(dict(self.batch))
         return lambda: stage_one_step(model, optimizer, batch)
 
@@ -197,9 +207,16 @@ class Suite:
 
         return once
 
+    def _rasteriser(self):
+        given, scene = stage_two.random_gaussians(self.rng, self.points, self.dtype), self._scene()
+        given |= {name: jnp.asarray(scene.batch[name][0]) for name in ("viewmats", "Ks")}
+        ours, leaves = stage_two.jax_render(self.rng, self.dtype), tensors(given)
+        theirs = stage_two.torch_render(self.rng, self.dtype)
+        return lambda: jax.block_until_ready(ours(given)), lambda: theirs(leaves)
+
     def _lbs(self):
         scene = self._scene()
-        params = {name: value[:, 0] for name, value in scene.batch["flame"].items()}
+        params = {name: np.tile(value[:, 0], (32, 1)) for name, value in scene.batch["flame"].items()}
         ours = jax.jit(lambda p: flame_vertices(scene.head, FlameParams(**p)))
         head, given = torch_flame.make_head(vars(scene.head)), tensors(params)
         params = jax.tree.map(jnp.asarray, params)
