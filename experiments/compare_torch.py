@@ -7,7 +7,7 @@ The same random weights and inputs go through `pointillist_jax` and through expe
 given the same input on both sides, so that its row speaks of this block alone; "models" are the same places with all
 blocks in a chain. `steps` trains the point transformer (with its encoders, unless they are frozen) and the Gaussian
 decoder (through head, rig, rasteriser and losses) from the same weights on the same batches. `sampling` draws with the
-same uniform numbers.
+same uniform numbers, with the grammar and (longer than the window) without.
 
 Prints a table, worst first: largest difference, the same over the largest value expected, 1 - cosine, tolerance
 (`torch_parity/rows.py` says where the tolerances come from). Writes rows.json, rows.csv and drift.png. `speed` times
@@ -43,7 +43,7 @@ STEPS = flags.DEFINE_integer("steps", 20, "Optimiser steps of each stage.", lowe
 WHAT = flags.DEFINE_list("what", ["blocks", "gradients", "steps", "sampling"], "Parts; speed is one more.")
 LENGTH = flags.DEFINE_integer("length", 64, "Tokens of a window that is compared, a multiple of 4.", lower_bound=8)
 POINTS = flags.DEFINE_integer("points", 64, "Points of a cloud that is decoded and splatted.", lower_bound=4)
-TOKENS = flags.DEFINE_integer("tokens", 400, "Tokens that are sampled.", lower_bound=4)
+TOKENS = flags.DEFINE_integer("tokens", 400, "Tokens that are sampled, with the grammar and without.", lower_bound=4)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed runs of each contestant of `speed`.", lower_bound=1)
 WORKDIR = flags.DEFINE_string("workdir", "outputs/compare_torch", "Where rows and chart go.")
 

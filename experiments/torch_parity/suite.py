@@ -111,14 +111,12 @@ class Suite:
         return rows + more, {"stage one": one, "stage two": two}
 
     def sampling(self, tokens: int) -> tuple[list[Row], int]:
-        points = -(-tokens // 8)
-        context = self.rng.normal(size=(2, self.context, self.config.model.width)).astype(self.dtype)
         params = {**self.transformer}
         # Clouds are to grow long: E is made one of many.
         table = "embedding" if self.config.model.tied_head else "head"
         params[table] = params[table].at[self.config.model.tokenizer.eos].set(0)
         twin = load_arrays(_transformer(self.config.model), transformer_to_torch(params, self.config.model))
-        return sampling_rows(params, twin, self.config.model, context, points, self.seed, self.bounds)
+        return sampling_rows(params, twin, self.config.model, self.rng, self.context, tokens, self.seed, self.bounds)
 
     def speed(self, rounds: int) -> list[dict[str, Any]]:
         """Training step, cached sampling, head and rasteriser, in turn; medians of milliseconds and torch's over JAX's.
