@@ -87,14 +87,16 @@ def _clouds(
     with torch.inference_mode():
         decoder = decoder_of(twin, tensors(context))
         filters = Filters(constrain=constrain)
-        found, *_ = decoder.generate(points, uniforms=tensors(jnp.stack(draws)), filters=filters)
+        found, _, log_probs, states = decoder.generate(points, uniforms=tensors(jnp.stack(draws)), filters=filters)
         longest = int(number.max())
-        forced = tokens[:, 4 : 4 + 4 * longest].reshape(len(tokens), longest, 4) - [0, 0, 0, config.bins]
-        forced = np.where(np.arange(longest)[:, None] < number[:, None, None], forced, -1)
-        decoder = decoder_of(twin, tensors(context))
-        _, log_probs, states, _ = decoder.points(decoder.start(), 0, tensors(forced), filters=filters)
+        log_probs, states = log_probs[:, :longest], states[:, :longest]
+        differ = int((found.numpy() != tokens).sum())
+        if differ:
+            forced = tokens[:, 4 : 4 + 4 * longest].reshape(len(tokens), longest, 4) - [0, 0, 0, config.bins]
+            forced = np.where(np.arange(longest)[:, None] < number[:, None, None], forced, -1)
+            decoder = decoder_of(twin, tensors(context))
+            _, log_probs, states, _ = decoder.points(decoder.start(), 0, tensors(forced), filters=filters)
     total = int((4 * number + 4).sum())
-    differ = int((found.numpy() != tokens).sum())
     exact = 0.0 if config.dtype == "float64" else np.inf
     rows = [Row("sampling", "tokens drawn", differ, differ / total, 1.0 - differ / total, exact)]
     expected = np.asarray(made.token_log_probs, np.float64)[:, 4 : 4 + 4 * longest].reshape(log_probs.shape)
