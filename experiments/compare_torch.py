@@ -5,12 +5,14 @@
 
 The same random weights and inputs go through `pointillist_jax` and through experiments/torch_reference. Every block is
 given the same input on both sides, so that its row speaks of this block alone; "models" are the same places with all
-blocks in a chain. `steps` trains the point transformer (a context is given) and the Gaussian decoder (through head,
-rig, rasteriser and losses) from the same weights on the same batches. `sampling` draws with the same uniform numbers.
+blocks in a chain. `steps` trains the point transformer (with its encoders, unless they are frozen) and the Gaussian
+decoder (through head, rig, rasteriser and losses) from the same weights on the same batches. `sampling` draws with the
+same uniform numbers, with the grammar and (longer than the window) without.
 
 Prints a table, worst first: largest difference, the same over the largest value expected, 1 - cosine, tolerance
-(`torch_parity/rows.py` says where the tolerances come from). Writes rows.json, rows.csv and drift.png. Exit code 1 if a
-tolerance is broken; the last lines then name the first diverging block in the order of the data flow.
+(`torch_parity/rows.py` says where the tolerances come from). Writes rows.json, rows.csv and drift.png. `speed` times
+both sides in turn, at --length and --points. Exit code 1 if a tolerance is broken; the last lines then name the first
+diverging block in the order of the data flow.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ STEPS = flags.DEFINE_integer("steps", 20, "Optimiser steps of each stage.", lowe
 WHAT = flags.DEFINE_list("what", ["blocks", "gradients", "steps", "sampling"], "Parts; speed is one more.")
 LENGTH = flags.DEFINE_integer("length", 64, "Tokens of a window that is compared, a multiple of 4.", lower_bound=8)
 POINTS = flags.DEFINE_integer("points", 64, "Points of a cloud that is decoded and splatted.", lower_bound=4)
-TOKENS = flags.DEFINE_integer("tokens", 400, "Tokens that are sampled.", lower_bound=4)
+TOKENS = flags.DEFINE_integer("tokens", 400, "Tokens that are sampled, with the grammar and without.", lower_bound=4)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed runs of each contestant of `speed`.", lower_bound=1)
 WORKDIR = flags.DEFINE_string("workdir", "outputs/compare_torch", "Where rows and chart go.")
 
@@ -85,9 +87,10 @@ def main() -> None:
     workdir = Path(WORKDIR.value)
     write(workdir, rows, drifts)
     for row in speed:
+        slower = "  JAX IS SLOWER" if row["torch_over_jax_cpu"] < 1 else ""
         print(
-            f"  {row['what']:<20} jax {row['jax_cpu_ms']:9.2f} ms of CPU, torch {row['torch_cpu_ms']:9.2f}: torch "
-            f"takes {row['torch_over_jax_cpu']:.2f} × jax's"
+            f"  {row['what']:<32} jax {row['jax_cpu_ms']:9.2f} ms of CPU, torch {row['torch_cpu_ms']:9.2f}: torch "
+            f"takes {row['torch_over_jax_cpu']:.2f} × jax's ({row['torch_over_jax_wall']:.2f} × by the clock){slower}"
         )
     broken = {seed: first_diverging(found) for seed, found in rows.items()}
     print(f"\neverything lies in {workdir}/: rows.json, rows.csv" + (", drift.png" if drifts else ""))
@@ -128,8 +131,9 @@ def write(workdir: Path, rows: dict[int, list], drifts: dict[str, list[tuple[int
 
 def _with_dtype(config: Config, dtype: str) -> Config:
     model = dataclasses.replace(config.model, dtype=dtype, encoder=dataclasses.replace(config.model.encoder))
-    width = {"feature_width": model.width, "context_width": model.width}
-    return dataclasses.replace(config, model=model, decoder=dataclasses.replace(config.decoder, dtype=dtype, **width))
+    # As it is told by the token store and the AR model in a training.
+    decoder = config.decoder.for_features(model.tokenizer, model.width, config.decoder.space, context_length(model))
+    return dataclasses.replace(config, model=model, decoder=dataclasses.replace(decoder, dtype=dtype))
 
 
 def _checked() -> list[int]:

@@ -5,6 +5,7 @@
     python -m experiments.export --format=gaussian_avatars --avatar=… [--motion=…] --output=me_gaussian_avatars
     python -m experiments.export --format=ply_sequence|html --avatar=… [--motion=…] --output=me_frames|me.html
     python -m experiments.export --format=torch --checkpoint=outputs/ar --output=ar.safetensors [--step=1000]
+    python -m experiments.export --format=torch --checkpoint=pretrained/ar|pretrained/decoder --output=….safetensors
     python -m experiments.export --format=torch --import=ar.safetensors --output=outputs/ar_from_torch
 
 ply, splat, spz: one frame in world space, as any splat viewer shows it: that of `--motion` at `--frame`, else the
@@ -14,11 +15,12 @@ extra `export`). gaussian_avatars: point_cloud.ply, local to the triangles, besi
 triangles, which differs from skinning away from the canonical pose. ply_sequence: numbered .ply files of a motion.
 html: a page that plays a motion without a server.
 
-torch: a training's parameters (of `train_ar` or `train_decoder`; their average where the run keeps one) as one
-.safetensors file that the PyTorch models of experiments/torch_reference load as they are, in a process that needs
-neither JAX nor this package (`torch_reference/exported.py`). Config, tokenizer and provenance lie in its metadata.
-The way back gives a workdir that `generate`, `extract_features` and `reconstruct` read: the same parameters to the bit
-if nothing changed them. It holds no optimiser state, so no training goes on from it.
+torch: a training's parameters (of `train_ar` or `train_decoder`; their average where the run keeps one), or the ones
+that this package ships (pretrained/ar, pretrained/decoder) or that a .npz of weights holds, as one .safetensors file.
+The PyTorch models of experiments/torch_reference load it as it is, in a process that needs neither JAX nor this package
+(`torch_reference/exported.py`). Config, tokenizer and provenance lie in its metadata. The way back gives a workdir that
+`generate`, `extract_features` and `reconstruct` read: the same parameters to the bit if nothing changed them. It holds
+no optimiser state, so no training goes on from it.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ from pointillist_jax.data.fits import save_fit
 from pointillist_jax.files import FileFormatError, UserError, atomic_folder
 from pointillist_jax.flame import FlameModel, FlameParams, animate, face_frames, flame_vertices, global_to_local
 from pointillist_jax.gaussians import Avatar, Gaussians, load_avatar, save_ply
+from pointillist_jax.pretrained import weights_file
 from pointillist_jax.splat_files import save_splat, save_spz
 from pointillist_jax.training.checkpoints import load_params, meta_path, model_kind, newest_step, save_params
 
@@ -66,7 +69,7 @@ FRAME = flags.DEFINE_integer("frame", 0, "Which frame of --motion, for formats t
 FRAMES = flags.DEFINE_integer("frames", 96, "Length of a built-in motion.", lower_bound=1, upper_bound=100_000)
 FPS = flags.DEFINE_integer("fps", 24, "Frames a second.", lower_bound=1, upper_bound=240)
 FLAME = flags.DEFINE_string("flame", None, "Your FLAME .pkl, if the avatar was made with it.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a training: its weights are exported.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a training, or weights: they are exported.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint of it; the newest if not given.", lower_bound=0)
 IMPORT = flags.DEFINE_string("import", None, "Instead of --checkpoint: a file to make a workdir from.")
 OUTPUT = flags.DEFINE_string("output", None, "File or folder to write, or with --import the workdir.")
@@ -82,6 +85,9 @@ KINDS = {
     "ar": ("model", ModelConfig, ar_to_torch, ar_from_torch),
     "decoder": ("decoder", DecoderConfig, decoder_to_torch, decoder_from_torch),
 }
+
+# What --checkpoint may say for the weights of this package.
+PRETRAINED = {"pretrained/ar": "ar", "pretrained/decoder": "decoder"}
 
 
 def main() -> None:
@@ -224,6 +230,8 @@ def export_torch(workdir: str, step: int | None, output: str) -> None:
         raise UserError(f"--output={path} must end in .safetensors.")
     if path.exists() and not OVERWRITE.value:
         raise UserError(f"--output={path} exists; replace it with --overwrite, or name another file.")
+    kind = PRETRAINED.get(workdir)
+    workdir = workdir if kind is None or Path(workdir).exists() else str(weights_file(kind))
     params, meta = load_params(workdir, step)
     meta = dict(meta) if isinstance(meta, dict) else {}
     step = newest_step(workdir) if step is None else step

@@ -426,6 +426,8 @@ class DecoderConfig:
         _at_least(self, "decoder", layers=0, max_points=0, eval_people=0)
         if self.context_colors and not self.cross_attention:
             raise UserError("decoder.context_colors needs decoder.cross_attention: colours are part of the context.")
+        if self.context_colors and self.inputs == "none":
+            raise UserError("decoder.inputs=none is one Gaussian for all: leave decoder.context_colors out.")
         if not (0 < self.initial_opacity < 1 and self.max_scale > 1e-5 and self.max_offset >= 0):
             raise UserError(
                 "decoder.initial_opacity must lie in (0, 1), max_scale above 1e-5, max_offset at 0 or more."

@@ -22,7 +22,7 @@ from experiments.torch_parity.rows import Row, compare
 from experiments.torch_parity.taps import run_with, tensors
 from experiments.torch_reference.gaussian_decoder import GaussianDecoder
 from experiments.torch_reference.gaussian_decoder import positional_encoding as torch_encoding
-from pointillist_jax.configs import DecoderConfig
+from pointillist_jax.configs import PATCH_COLORS, DecoderConfig
 from pointillist_jax.convert.reference import decoder_to_torch
 from pointillist_jax.models import gaussian_decoder as jax_decoder
 from pointillist_jax.models.layers import rms_norm
@@ -33,11 +33,14 @@ FIELDS = ("means", "quats", "scales", "opacities", "colors", "offsets")
 
 def random_inputs(rng: np.random.Generator, config: DecoderConfig, points: int, context: int, dtype: Any):
     """{"points" [B,P,3], "hidden" [B,P,4,E], "num_points" [B], "context" [B,S,C]} of two clouds, one of them padded."""
+    tokens = rng.normal(size=(2, config.context_tokens or context, config.context_width))
+    if config.context_colors:
+        tokens[..., -PATCH_COLORS:] = rng.uniform(-1, 1, (*tokens.shape[:2], PATCH_COLORS))
     return {
         "points": rng.uniform(config.lower, config.upper, (2, points, 3)).astype(dtype),
         "hidden": rng.normal(size=(2, points, 4, config.feature_width)).astype(dtype),
         "num_points": np.array([points, points - points // 3], np.int32),
-        "context": rng.normal(size=(2, context, config.context_width)).astype(dtype),
+        "context": tokens.astype(dtype),
     }
 
 
@@ -68,8 +71,15 @@ def block_rows(
         found = run_with(twin, forward, {"feature_norm": tensors(flat), "feature_mlp": tensors(normed)})
         row("feature_norm", normed, found["feature_norm"])
         row("feature_mlp", jax_decoder._mlp(params["feature_mlp"], normed), found["feature_mlp"])
+    if config.context_colors:
+        colors = jnp.asarray(inputs["context"][..., -PATCH_COLORS:], config.dtype).reshape(2, 1, -1)
+        found = run_with(twin, forward, {"portrait_mlp": tensors(colors)})["portrait_mlp"]
+        expected = jax_decoder._mlp(params["portrait_mlp"], colors)
+        rows.append(compare("blocks", "decoder.portrait_mlp", expected, found, bounds["blocks"]))
     if config.inputs != "none":
-        row("input", states[0], run_with(twin, forward, watched=("input",))["input"])
+        # All that is added before the first layer.
+        parts = ("input", "portrait_mlp") if config.context_colors else ("input",)
+        row("input", states[0], sum(run_with(twin, forward, watched=parts).values()))
     for i in range(config.layers):
         names = [name for name in BRANCHES if name in params["layers"]]
         names.sort(key=("cross_attention", "self_attention", "mlp").index)
@@ -81,9 +91,14 @@ def block_rows(
             x = after
         found = run_with(twin, forward, {f"layers.{i}": tensors(states[i])})
         row(f"layers.{i}", states[i + 1], found[f"layers.{i}"])
+    if config.context_colors:
+        normed = rms_norm(states[-1], params["head"]["norm"])
+        copied = jax.jit(jax_decoder._copied_colors)(params, normed, inputs["context"])
+        row("copy", copied, run_with(twin, forward, {"copy": tensors(normed)})["copy"])
     expected = _decode(params, config, inputs)
     with torch.no_grad():
-        handle = twin.head.register_forward_pre_hook(lambda *_: (tensors(states[-1]),))
+        # Of the head and of the copied colours.
+        handle = twin.head.norm.register_forward_pre_hook(lambda *_: (tensors(states[-1]),))
         attributes = forward()._asdict()
         handle.remove()
         chained = forward()._asdict()

@@ -21,8 +21,8 @@ from experiments.torch_parity.rows import Row, compare
 from experiments.torch_parity.taps import run_with, tensors
 from experiments.torch_reference.point_transformer import PointTransformer
 from pointillist_jax.configs import ModelConfig
-from pointillist_jax.losses.cross_entropy import slot_cross_entropy
-from pointillist_jax.models import ar
+from pointillist_jax.losses.cross_entropy import slot_cross_entropy, slot_losses
+from pointillist_jax.models import ar, point_step
 from pointillist_jax.models.attention import attention
 from pointillist_jax.models.blocks import cast_layer
 from pointillist_jax.models.layers import rms_norm, rope_angles, unstack_layers
@@ -37,18 +37,26 @@ class Trace(NamedTuple):
     Attributes:
       inputs: name of a torch part → its first argument. outputs: the same → what JAX has behind it.
       residual: parts whose torch twin gives the branch alone, while `outputs` hold input + branch.
+      places: [B, T] of the backbone's steps.
     """
 
     inputs: dict[str, Any]
     outputs: dict[str, Any]
     residual: frozenset[str]
+    places: Any
 
 
 def trace(params: Any, config: ModelConfig, batch: Mapping[str, Any]) -> Trace:
     """Runs the JAX model part by part. `batch`: tokens, positions [B,T] and context [B,S,D]."""
     inputs, outputs, residual = {}, {}, set()
     tokens, positions = (jnp.asarray(batch[name]) for name in ("tokens", "positions"))
-    x = _embed(params, config, tokens)
+    by_points = config.step == "point"
+    if by_points:
+        points, positions = tokens.reshape(len(tokens), -1, 4), positions[:, ::4] // 4
+        inputs["point_embedding"] = _embed(params, config, tokens).reshape(*points.shape[:2], -1)
+        x = outputs["point_embedding"] = _embed_points(params, config, points)
+    else:
+        x = _embed(params, config, tokens)
     inputs["context_norm"] = jnp.asarray(batch["context"], config.dtype)
     context = outputs["context_norm"] = ar.norm_context(params, config, batch["context"])
     branches = ["cross_attention", "self_attention"]
@@ -66,7 +74,12 @@ def trace(params: Any, config: ModelConfig, batch: Mapping[str, Any]) -> Trace:
         x = outputs[f"layers.{i}"] = _layer(layer, config, before, positions, context)
     inputs["final_norm"] = x
     outputs["final_norm"] = rms_norm(x, params["final_norm"])
-    return Trace(inputs, outputs, frozenset(residual))
+    if by_points:
+        # What follows the last point is unknown: zeros stand for it, as in the model.
+        following = jnp.pad(points[:, 1:], ((0, 0), (0, 1), (0, 0)))
+        for slot, (given, *made) in zip(SLOTS, _chain(params, config, outputs["final_norm"], following), strict=True):
+            inputs[f"slot_heads.{slot}"], outputs[f"slot_heads.{slot}"] = given, made
+    return Trace(inputs, outputs, frozenset(residual), positions)
 
 
 def block_rows(
@@ -103,9 +116,7 @@ def block_rows(
     with torch.no_grad():
         x = _embed(params, config, jnp.asarray(batch["tokens"]))
         rows.append(same("embedding", x, twin.embed(tokens, slots), bound))
-        angles = rope_angles(
-            jnp.asarray(batch["positions"]), config.head_dim, config.rope_theta, ar.accumulator(config)
-        )
+        angles = rope_angles(jnp.asarray(flow.places), config.head_dim, config.rope_theta, ar.accumulator(config))
         rows.append(same("rope", list(angles), list(rotations[0]), bound))
         for name, expected in flow.outputs.items():
             result, run = found[name], chained[name]
@@ -124,6 +135,8 @@ def block_rows(
 
 def _loss_after(twin: PointTransformer, hidden: Tensor, given: Mapping[str, Tensor]) -> Tensor:
     """The twin's mean loss of given hidden states."""
+    # With one step per point the last one is only predicted.
+    hidden = hidden[:, :-1] if twin.step == "point" else hidden
     handle = twin.final_norm.register_forward_hook(lambda *_: hidden)
     try:
         return twin.loss(*(given[name] for name in ("tokens", "targets", "context", "positions", "mask")))
@@ -134,6 +147,23 @@ def _loss_after(twin: PointTransformer, hidden: Tensor, given: Mapping[str, Tens
 @functools.partial(jax.jit, static_argnums=1)
 def _embed(params, config: ModelConfig, tokens):
     return ar.embed_tokens(params, config, tokens, jnp.arange(tokens.shape[1]) % 4)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _embed_points(params, config: ModelConfig, points):
+    return point_step.embed_points(params, config, points)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _chain(params, config: ModelConfig, hidden, following):
+    """(input, residual, state) of the x, y, z and b heads, after the backbone's states."""
+    embedded = ar.embed_tokens(params, config, following, jnp.arange(4))
+    residual, links = hidden, []
+    for slot, head in enumerate(point_step.slot_heads(params, config)):
+        given = residual + embedded[..., slot - 1, :] if slot else residual
+        residual, state = point_step.slot_state(head, given)
+        links.append((given, residual, state))
+    return links
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -150,6 +180,12 @@ def _layer(layer, config: ModelConfig, x, positions, context):
 
 @functools.partial(jax.jit, static_argnums=1)
 def _loss(params, config: ModelConfig, hidden, batch):
+    if config.step == "point":
+        following = batch["tokens"].reshape(len(hidden), -1, 4)[:, 1:]
+        states = [state for *_, state in _chain(params, config, hidden[:, :-1], following)]
+        wanted = jnp.where(batch["mask"][:, 3:-1].reshape(following.shape), following, config.tokenizer.pad)
+        targets = tuple(wanted[..., slot] for slot in range(4))
+        return slot_losses(states, targets, ar.output_tables(params, config), config.tokenizer.eos).mean
     targets = jnp.where(batch["mask"], batch["targets"], config.tokenizer.pad)
     return slot_cross_entropy(hidden, targets, ar.output_tables(params, config), config.tokenizer.eos).mean
 

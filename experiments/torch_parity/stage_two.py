@@ -27,7 +27,7 @@ from experiments.torch_reference import rasterizer as torch_rasterizer
 from experiments.torch_reference.gaussian_decoder import GaussianDecoder
 from experiments.torch_reference.training import Optimizer, StageTwo, stage_two_step
 from pointillist_jax.cameras import orbit
-from pointillist_jax.configs import DecoderConfig
+from pointillist_jax.configs import PATCH_COLORS, DecoderConfig
 from pointillist_jax.convert import lpips_from_torch
 from pointillist_jax.convert.reference import decoder_to_torch
 from pointillist_jax.flame import FlameModel, FlameParams, animate, bind_points, flame_vertices, open_head
@@ -53,9 +53,14 @@ class Scene:
     batch: dict[str, Any]
 
 
+def astype(head: FlameModel, dtype: Any) -> FlameModel:
+    """The head's floating-point arrays in another dtype."""
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype if x.dtype.kind == "f" else x.dtype), head)
+
+
 def make_scene(rng: np.random.Generator, config: DecoderConfig, points: int, dtype: Any) -> Scene:
     """Two people. `points`: P; a third of the second one's are padding."""
-    head = jax.tree.map(lambda x: jnp.asarray(x, dtype if x.dtype.kind == "f" else x.dtype), open_head("coarse"))
+    head = astype(open_head("coarse"), dtype)
     neutral = {name: np.asarray(getattr(head.neutral_params(), name), dtype) for name in FLAME_FIELDS}
     deviations = {"shape": 0.5, "expr": 0.5, "rotation": 0.2, "neck_pose": 0.2, "jaw_pose": 0.1, "eyes_pose": 0.2}
     sample = lambda name, *batch: (  # noqa: E731
@@ -82,7 +87,10 @@ def make_scene(rng: np.random.Generator, config: DecoderConfig, points: int, dty
         "weight": np.ones((2, VIEWS), np.float32),
     }
     if config.cross_attention:
-        batch["context"] = rng.normal(size=(2, 7, config.context_width)).astype(dtype)
+        tokens = rng.normal(size=(2, config.context_tokens or 7, config.context_width))
+        if config.context_colors:
+            tokens[..., -PATCH_COLORS:] = rng.uniform(-1, 1, (*tokens.shape[:2], PATCH_COLORS))
+        batch["context"] = tokens.astype(dtype)
     # Every view needs an identity; the renderer takes the canonical one.
     batch["flame"]["shape"] = np.broadcast_to(canonical["shape"][:, None], (2, VIEWS, neutral["shape"].size)).copy()
     return Scene(head, batch)
@@ -124,15 +132,8 @@ def block_rows(scene: Scene, rng: np.random.Generator, bounds: Mapping[str, floa
         other = torch_flame.bind(twin, tensors(first["canonical"]), tensors(first["points"]), tensors(first["binding"]))
         for name in RIG_FIELDS:
             row(f"rig.{name}", getattr(rig, name), getattr(other, name))
-        count = len(first["points"])
-        quats = rng.normal(size=(count, 4)).astype(dtype)
-        gaussians = Gaussians(
-            means=first["points"],
-            quats=jnp.asarray(quats / np.linalg.norm(quats, axis=1, keepdims=True)),
-            scales=jnp.asarray(rng.uniform(0.005, 0.02, (count, 3)).astype(dtype)),
-            opacities=jnp.asarray(rng.uniform(0.2, 0.9, count).astype(dtype)),
-            colors=jnp.asarray(rng.uniform(size=(count, 3)).astype(dtype)),
-        )
+        given = random_gaussians(rng, len(first["points"]), dtype)
+        gaussians = Gaussians(**{**given, "means": first["points"]})
         moved = jax.jit(animate)(Avatar(gaussians, rig), head, FlameParams(**posed))
         same_rig = other._replace(**{n: tensors(getattr(rig, n)) for n in RIG_FIELDS})
         found = torch_flame.animate(twin, same_rig, tensors(gaussians.quats), tensors(gaussians.scales), tensors(posed))
@@ -142,24 +143,13 @@ def block_rows(scene: Scene, rng: np.random.Generator, bounds: Mapping[str, floa
             row(f"animate.{name}", square(getattr(moved, name)), square(value))
     inputs = {name: getattr(moved, name) for name in ("means", "quats", "scales", "opacities", "colors")}
     inputs |= {"viewmats": first["viewmats"], "Ks": first["Ks"]}
-    bars = rng.normal(size=(VIEWS, PIXELS, PIXELS, 3)).astype(dtype)
-
-    @functools.partial(jax.value_and_grad, has_aux=True)
-    def render(inputs):
-        image, alpha, info = rasterize(**inputs, width=PIXELS, height=PIXELS, backgrounds=jnp.ones(3, dtype),
-                                       backend="jax", capacity=CAPACITY)  # fmt: skip
-        return jnp.sum(image * bars), (image, alpha, info["overflow"])
-
-    (_, (image, alpha, overflow)), gradients = jax.jit(render)(inputs)
+    (_, (image, alpha, overflow)), gradients = jax_render(np.random.default_rng(0), dtype)(inputs)
     if int(jnp.max(overflow)):
         raise ValueError("the scene needs more tile intersections")
-    leaves = {name: value.requires_grad_() for name, value in tensors(inputs).items()}
-    pictures = torch_rasterizer.rasterize(
-        **leaves, width=PIXELS, height=PIXELS, backgrounds=torch.ones(3, dtype=leaves["means"].dtype)
-    )
+    leaves = tensors(inputs)
+    pictures = torch_render(np.random.default_rng(0), dtype)(leaves)
     row("rasterizer.image", image, pictures[0])
     row("rasterizer.alpha", alpha, pictures[1])
-    (pictures[0] * tensors(bars)).sum().backward()
     for name, leaf in leaves.items():
         row(f"rasterizer.{name}", gradients[name], leaf.grad, "gradients")
     weights = random_vgg(rng, dtype)
@@ -175,6 +165,49 @@ def block_rows(scene: Scene, rng: np.random.Generator, bounds: Mapping[str, floa
         row(f"losses.{name}", value, found)
         row(f"losses.{name} by the image", gradient, leaf.grad, "gradients")
     return rows
+
+
+def random_gaussians(rng: np.random.Generator, count: int, dtype: Any) -> dict[str, jax.Array]:
+    """Gaussians of millimetres around the head's place."""
+    quats = rng.normal(size=(count, 4))
+    arrays = {
+        "means": rng.normal(0, 0.06, (count, 3)),
+        "quats": quats / np.linalg.norm(quats, axis=1, keepdims=True),
+        "scales": rng.uniform(0.005, 0.02, (count, 3)),
+        "opacities": rng.uniform(0.2, 0.9, count),
+        "colors": rng.uniform(size=(count, 3)),
+    }
+    return {name: jnp.asarray(x.astype(dtype)) for name, x in arrays.items()}
+
+
+def jax_render(rng: np.random.Generator, dtype: Any):
+    """inputs → ((a random sum of the pictures, (pictures, alphas, overflow)), its gradient by every input)."""
+    bars = rng.normal(size=(VIEWS, PIXELS, PIXELS, 3)).astype(dtype)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def render(inputs):
+        image, alpha, info = rasterize(**inputs, width=PIXELS, height=PIXELS, backgrounds=jnp.ones(3, dtype),
+                                       backend="jax", capacity=CAPACITY)  # fmt: skip
+        return jnp.sum(image * bars), (image, alpha, info["overflow"])
+
+    return render
+
+
+def torch_render(rng: np.random.Generator, dtype: Any):
+    """inputs → (pictures, alphas), with the same sum's gradient in every input."""
+    bars = torch.tensor(rng.normal(size=(VIEWS, PIXELS, PIXELS, 3)).astype(dtype))
+
+    def render(inputs):
+        for leaf in inputs.values():
+            leaf.requires_grad_().grad = None
+        pictures = torch_rasterizer.rasterize(
+            **inputs, width=PIXELS, height=PIXELS, backgrounds=torch.ones(3, dtype=bars.dtype)
+        )
+        (pictures[0] * bars).sum().backward()
+        return pictures
+
+    return render
 
 
 def step_comparison(

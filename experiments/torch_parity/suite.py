@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,19 +15,22 @@ import numpy as np
 import torch
 
 from experiments.common import alternate_clocks
-from experiments.torch_parity import gaussian_decoder, point_transformer, stage_two, training
+from experiments.torch_parity import condition, gaussian_decoder, point_transformer, stage_two, training
 from experiments.torch_parity.rows import Row
 from experiments.torch_parity.sampling import sampling_rows
 from experiments.torch_parity.taps import load_arrays, tensors
 from experiments.torch_reference import flame as torch_flame
-from experiments.torch_reference.decode import Decoder
+from experiments.torch_reference.condition import Condition
+from experiments.torch_reference.decode import decoder_of
 from experiments.torch_reference.gaussian_decoder import GaussianDecoder
+from experiments.torch_reference.point_step import PointStepTransformer
 from experiments.torch_reference.point_transformer import PointTransformer
 from experiments.torch_reference.training import Optimizer, StageOne, stage_one_step
 from pointillist_jax.configs import Config, ModelConfig
-from pointillist_jax.convert.reference import decoder_to_torch, transformer_to_torch
-from pointillist_jax.flame import FlameParams, flame_vertices
+from pointillist_jax.convert.reference import ar_to_torch, decoder_to_torch, transformer_to_torch
+from pointillist_jax.flame import FlameParams, flame_vertices, open_head
 from pointillist_jax.models import ar
+from pointillist_jax.models.condition import condition_specs
 from pointillist_jax.models.gaussian_decoder import param_specs as decoder_specs
 from pointillist_jax.models.layers import init_params
 from pointillist_jax.sampling import generate
@@ -56,19 +61,28 @@ class Suite:
         self.rng, self.length, self.points, self.context = np.random.default_rng(seed), length, points, context
         self.transformer = self._params(ar.param_specs(config.model), seed)
         self.decoder = self._params(decoder_specs(config.decoder), seed + 1)
+        self.condition = self._params(condition_specs(config.model), seed + 2)
+        self.head = stage_two.astype(open_head("coarse"), self.dtype)
         self.batch = random_window(self.rng, config.model, length, context, self.dtype)
 
     def twin(self) -> PointTransformer:
-        return load_arrays(
-            PointTransformer(self.config.model), transformer_to_torch(self.transformer, self.config.model)
-        )
+        return load_arrays(_transformer(self.config.model), transformer_to_torch(self.transformer, self.config.model))
+
+    def stage_one(self) -> tuple[dict[str, Any], StageOne]:
+        """Parameters of the transformer and its condition, and their twin."""
+        model, params = self.config.model, {"transformer": self.transformer, "condition": self.condition}
+        twin = StageOne(_transformer(model), Condition(model, torch_flame.make_head(vars(self.head))))
+        return params, load_arrays(twin, ar_to_torch(params, model))
 
     def decoder_twin(self) -> GaussianDecoder:
         return load_arrays(GaussianDecoder(self.config.decoder), decoder_to_torch(self.decoder, self.config.decoder))
 
     def blocks(self) -> list[Row]:
-        """The point transformer, the Gaussian decoder, and what lies between it and the loss, in this order."""
-        rows = point_transformer.block_rows(self.transformer, self.twin(), self.config.model, self.batch, self.bounds)
+        """The condition, the point transformer, the Gaussian decoder, and what lies between it and the loss, in this
+        order."""
+        params, model = self.stage_one()
+        rows = condition.block_rows(params, model, self.config.model, self.head, self._conditioned(), self.bounds)
+        rows += point_transformer.block_rows(self.transformer, self.twin(), self.config.model, self.batch, self.bounds)
         rows += gaussian_decoder.block_rows(
             self.decoder, self.decoder_twin(), self.config.decoder, self._cloud(), self.bounds
         )
@@ -79,6 +93,8 @@ class Suite:
     def gradients(self) -> list[Row]:
         model, decoder = self.config.model, self.config.decoder
         rows = training.gradient_rows(self.transformer, self.twin(), model, self.batch, self.bounds)
+        params, twin = self.stage_one()
+        rows += condition.gradient_rows(params, twin, model, self.head, self._conditioned(), self.bounds)
         return rows + gaussian_decoder.gradient_rows(
             self.decoder, self.decoder_twin(), decoder, self._cloud(), self.bounds
         )
@@ -86,31 +102,34 @@ class Suite:
     def steps(self, number: int) -> tuple[list[Row], dict[str, list[float]]]:
         """Both stages; also the loss's relative difference at every step, by stage."""
         model = self.config.model
-        batches = [random_window(self.rng, model, self.length, self.context, self.dtype) for _ in range(number)]
-        rows, one = training.stage_one_rows(
-            self.transformer, self.twin(), model, self.config.train, batches, self.bounds
-        )
+        params, twin = self.stage_one()
+        batches = [self._conditioned(new=True) for _ in range(number)]
+        rows, one = training.stage_one_rows(params, twin, model, self.head, self.config.train, batches, self.bounds)
         first = self._scene()
         scenes = [first, *(dataclasses.replace(first, batch=self._scene().batch) for _ in range(number - 1))]
         more, two = stage_two.step_comparison(self.decoder, self.config.decoder, scenes, self.rng, self.bounds)
         return rows + more, {"stage one": one, "stage two": two}
 
     def sampling(self, tokens: int) -> tuple[list[Row], int]:
-        points = -(-tokens // 8)
-        context = self.rng.normal(size=(2, self.context, self.config.model.width)).astype(self.dtype)
         params = {**self.transformer}
         # Clouds are to grow long: E is made one of many.
         table = "embedding" if self.config.model.tied_head else "head"
         params[table] = params[table].at[self.config.model.tokenizer.eos].set(0)
-        twin = load_arrays(PointTransformer(self.config.model), transformer_to_torch(params, self.config.model))
-        return sampling_rows(params, twin, self.config.model, context, points, self.seed, self.bounds)
+        twin = load_arrays(_transformer(self.config.model), transformer_to_torch(params, self.config.model))
+        return sampling_rows(params, twin, self.config.model, self.rng, self.context, tokens, self.seed, self.bounds)
 
     def speed(self, rounds: int) -> list[dict[str, Any]]:
-        """Training step, cached sampling and head, in turn; medians of milliseconds and torch's over JAX's."""
-        cases = {
-            "training step": (self._jax_step(), self._torch_step()),
+        """Training step, cached sampling, head and rasteriser, in turn; medians of milliseconds and torch's over JAX's.
+
+        Where there is a C++ compiler, the step is also timed against the one that `torch.compile` makes.
+        """
+        cases = {"training step": (self._jax_step(), self._torch_step())}
+        if shutil.which(os.environ.get("CXX", "g++")):
+            cases["training step, torch.compile"] = self._jax_step(), self._torch_step(compiled=True)
+        cases |= {
             "cached sampling": (self._jax_sampling(), self._torch_sampling()),
-            "lbs": self._lbs(),
+            "lbs, 64 poses": self._lbs(),
+            "rasteriser, forward and backward": self._rasteriser(),
         }
         rows = []
         for what, (ours, theirs) in cases.items():
@@ -125,9 +144,19 @@ class Suite:
         return rows
 
     def _params(self, specs: Any, seed: int) -> Any:
-        params = jax.jit(lambda key: init_params(specs, key, self.dtype))(jax.random.PRNGKey(seed))
+        # Many small random programs, run once: not worth optimising.
+        quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        make = jax.jit(lambda key: init_params(specs, key, self.dtype), compiler_options=quick)
+        params = make(jax.random.PRNGKey(seed))
         rng = np.random.default_rng(seed)
         return jax.tree.map(lambda x: x + jnp.asarray(rng.normal(0, 0.05, x.shape), x.dtype), params)
+
+    def _conditioned(self, new: bool = False) -> dict[str, Any]:
+        """The window with a condition in place of a context; or a new one."""
+        model = self.config.model
+        batch = random_window(self.rng, model, self.length, 1, self.dtype) if new else self.batch
+        given = condition.random_condition(self.rng, model, self.head, len(batch["tokens"]))
+        return {name: x for name, x in batch.items() if name != "context"} | {"condition": given}
 
     def _cloud(self) -> dict[str, Any]:
         return gaussian_decoder.random_inputs(self.rng, self.config.decoder, self.points, self.context, self.dtype)
@@ -154,8 +183,10 @@ class Suite:
 
         return once
 
-    def _torch_step(self):
+    def _torch_step(self, compiled: bool = False):
         twin = self.twin()
+        if compiled:
+            twin.loss_sums = torch.compile(twin.loss_sums)
         model, optimizer, batch = StageOne(twin), Optimizer(twin, self.config.train), tensors(dict(self.batch))
         return lambda: stage_one_step(model, optimizer, batch)
 
@@ -170,13 +201,20 @@ class Suite:
 
         def once() -> None:
             with torch.inference_mode():
-                Decoder(twin, context).generate(64)
+                decoder_of(twin, context).generate(64)
 
         return once
 
+    def _rasteriser(self):
+        given, scene = stage_two.random_gaussians(self.rng, self.points, self.dtype), self._scene()
+        given |= {name: jnp.asarray(scene.batch[name][0]) for name in ("viewmats", "Ks")}
+        ours, leaves = stage_two.jax_render(self.rng, self.dtype), tensors(given)
+        theirs = stage_two.torch_render(self.rng, self.dtype)
+        return lambda: jax.block_until_ready(ours(given)), lambda: theirs(leaves)
+
     def _lbs(self):
         scene = self._scene()
-        params = {name: value[:, 0] for name, value in scene.batch["flame"].items()}
+        params = {name: np.tile(value[:, 0], (32, 1)) for name, value in scene.batch["flame"].items()}
         ours = jax.jit(lambda p: flame_vertices(scene.head, FlameParams(**p)))
         head, given = torch_flame.make_head(vars(scene.head)), tensors(params)
         params = jax.tree.map(jnp.asarray, params)
@@ -186,6 +224,10 @@ class Suite:
                 torch_flame.vertices(head, given)
 
         return lambda: jax.block_until_ready(ours(params)), theirs
+
+
+def _transformer(config: ModelConfig) -> PointTransformer:
+    return (PointStepTransformer if config.step == "point" else PointTransformer)(config)
 
 
 def random_window(

@@ -20,8 +20,9 @@ from experiments.torch_parity.taps import tensors
 from experiments.torch_reference.point_transformer import PointTransformer
 from experiments.torch_reference.training import Optimizer, StageOne, stage_one_step
 from pointillist_jax.configs import ModelConfig, TrainConfig
-from pointillist_jax.convert.reference import transformer_to_torch
-from pointillist_jax.training.ar import window_loss
+from pointillist_jax.convert.reference import ar_to_torch, transformer_to_torch
+from pointillist_jax.flame import FlameModel
+from pointillist_jax.training.ar import make_loss, window_loss
 from pointillist_jax.training.state import TrainState, make_optimizer, train_step
 
 ToTorch = Callable[[Any], dict[str, np.ndarray]]
@@ -67,29 +68,27 @@ def gradient_rows(
 
 def stage_one_rows(
     params: Any,
-    twin: PointTransformer,
+    model: StageOne,
     config: ModelConfig,
+    head: FlameModel,
     train: TrainConfig,
     batches: Sequence[Mapping[str, Any]],
     bounds: Mapping[str, float],
 ) -> tuple[list[Row], list[float]]:
     """N steps, one per batch: the losses, and parameters and moments after the last one.
 
+    Args:
+      params: {"transformer", "condition"}; `model` has the same, and is trained.
+      batches: windows with their `condition`.
+
     Returns:
-      The rows, and the relative difference of the loss at every step. `twin` is trained.
+      The rows, and the relative difference of the loss at every step.
     """
-    to_torch = functools.partial(transformer_to_torch, config=config)
-
-    def loss_fn(params, batch, key):
-        del key
-        loss = window_loss(params, config, batch, batch["context"])
-        return loss.total, loss.count, {}
-
-    ours = jax_steps(params, loss_fn, train, batches, to_torch)
-    optimizer = Optimizer(twin, train)
-    model = StageOne(twin)
+    to_torch = functools.partial(ar_to_torch, config=config)
+    ours = jax_steps(params, make_loss(config, head, train.z_loss), train, batches, to_torch)
+    optimizer = Optimizer(model, train)
     losses = [float(stage_one_step(model, optimizer, tensors(dict(batch))).loss) for batch in batches]
-    theirs = Steps(losses, dict(twin.named_parameters()), *moments(twin, optimizer))
+    theirs = Steps(losses, dict(model.named_parameters()), *moments(model, optimizer))
     return step_rows("stage one", ours, theirs, bounds)
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from experiments.torch_reference.flame import Head, head_points, surface_points, vertices
 from experiments.torch_reference.image_encoder import ImageEncoder, normalize_images
-from experiments.torch_reference.layers import Linear
+from experiments.torch_reference.layers import Linear, RMSNorm
 from experiments.torch_reference.point_encoder import PointEncoder
 from experiments.torch_reference.settings import wide, working_dtype
 
@@ -50,8 +50,23 @@ class Encoders(nn.Module):
         return {"image": self.image_encoder(normalize_images(images)), "points": self.point_encoder(cloud)}
 
 
+class Marginals(nn.Module):
+    """States for the x, y, z and b slots from the context's mean alone: no point is read (ours)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.x, self.y, self.z, self.b = (Linear(width, width) for _ in range(4))
+
+    def forward(self, context: Tensor) -> list[Tensor]:
+        """[B, S, D] → four times [B, D]."""
+        pooled = self.norm(context.mean(1))
+        return [part(pooled) for part in (self.x, self.y, self.z, self.b)]
+
+
 class Condition(Encoders):
-    """Three projections to the transformer's width, and the encoders unless they are frozen."""
+    """Three projections to the transformer's width, the encoders unless they are frozen, and `Marginals` where there
+    is a loss of them (`config.condition_loss`)."""
 
     def __init__(self, config: ModelConfig, head: Head | None = None):
         """`head`: whose parameters conditions hold; features need none."""
@@ -67,6 +82,7 @@ class Condition(Encoders):
         image, points = sizes.image_encoder.norm.weight.numel(), sizes.point_encoder.norm.weight.numel()
         self.image_projection = Linear(image, config.width)
         self.shape_projection, self.parts_projection = Linear(points, config.width), Linear(points, config.width)
+        self.marginals = Marginals(config.width) if config.condition_loss else None
 
     def forward(self, condition: Mapping[str, Any]) -> Tensor:
         """Context [B, S, D] in the dtype of the computation.

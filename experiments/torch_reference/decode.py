@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from experiments.torch_reference.layers import gelu, length_mask, rotary_angles, rotary_frequencies, rotate
+from experiments.torch_reference.point_step import PointStepTransformer
 from experiments.torch_reference.point_transformer import Layer, PointTransformer
 from experiments.torch_reference.settings import wide, working_dtype
 
@@ -73,6 +74,10 @@ class Decoder:
             hidden = self.token(self.starts[slot].expand(self.batch, -1), slot)
         return hidden
 
+    def after(self, slot: int, point: list[Tensor], place: int) -> Tensor:
+        """The state [B, D] once the class at `slot`, the last of `point`, is chosen; `place` of the point, S's is 0."""
+        return self.token(self.inputs[slot][point[-1]], 4 * place + slot)
+
     def points(
         self,
         hidden: Tensor,
@@ -116,9 +121,9 @@ class Decoder:
                 value = torch.where(forced[:, q, slot] >= 0, forced[:, q, slot], drawn)
                 classes[:, q, slot] = value
                 log_probs[:, q, slot] = logits.log_softmax(-1).gather(-1, value[:, None])[:, 0]
-                hidden = self.token(self.inputs[slot][value], 4 * (first + q + 1) + slot)
-                states[:, q, slot] = hidden
                 point.append(value)
+                hidden = self.after(slot, point, first + q + 1)
+                states[:, q, slot] = hidden
             previous = torch.stack(point, dim=1)
         return classes, log_probs, states, hidden
 
@@ -182,6 +187,34 @@ class Decoder:
             return classes >= ((point[1] == yp) * (zp + (x < xp)))[:, None]
         same = (x == xp) & (point[1] == yp) & (point[2] == zp)
         return classes >= (same * bp)[:, None]
+
+
+class PointDecoder(Decoder):
+    """As `Decoder`, for a model with one step per point: the layers read whole points, and a chain of heads follows."""
+
+    def __init__(self, model: PointStepTransformer, context: Tensor, context_lengths: Tensor | None = None):
+        super().__init__(model, context, context_lengths)
+        self.embedding, self.heads = model.point_embedding, list(model.slot_heads.values())
+        self.residual = self.starts  # Of the chain's last link.
+
+    def start(self) -> Tensor:
+        """Reads S S S S."""
+        return self.link(0, self.token(self.embedding(self.starts.flatten().expand(self.batch, -1)), 0))
+
+    def after(self, slot: int, point: list[Tensor], place: int) -> Tensor:
+        if slot < 3:
+            return self.link(slot + 1, self.residual + self.inputs[slot][point[-1]])
+        four = torch.cat([rows[value] for rows, value in zip(self.inputs, point, strict=True)], dim=-1)
+        return self.link(0, self.token(self.embedding(four), place))
+
+    def link(self, slot: int, residual: Tensor) -> Tensor:
+        """The state [B, D] that predicts `slot`."""
+        self.residual, state = self.heads[slot](residual)
+        return state
+
+
+def decoder_of(model: PointTransformer, context: Tensor, context_lengths: Tensor | None = None) -> Decoder:
+    return (PointDecoder if model.step == "point" else Decoder)(model, context, context_lengths)
 
 
 def _kept(logits: Tensor, filters: Filters) -> Tensor:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pointillist_jax.configs import DecoderConfig
 
 MIN_SCALE = 1e-5
+# Of queries and keys of the attention that copies colours; numbers of a patch's colours: RGB of 2 × 2 quarters.
+COPY_WIDTH, PATCH_COLORS = 32, 12
 # Colour, opacity, scale, rotation, offset.
 OUTPUTS = (3, 1, 3, 4, 3)
 
@@ -70,6 +72,31 @@ class Head(Linear):
         return super().forward(self.norm(x).to(wide(x.dtype)))
 
 
+class Copy(nn.Module):
+    """Attention of every point to the quarters of the portrait's patches, whose colours it averages (ours)."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.query = Linear(config.width, COPY_WIDTH, bias=False)
+        self.key = Linear(config.context_width, COPY_WIDTH, bias=False)
+        # Four quarters of a token have one key, and a row each that tells them apart.
+        self.places = nn.Parameter(torch.zeros(config.context_tokens * PATCH_COLORS // 3, COPY_WIDTH))
+
+    def forward(self, x: Tensor, context: Tensor, colors: Tensor) -> Tensor:
+        """Logits of the colours [B, P, 3], in float32 at least.
+
+        Args:
+          x: [B, P, D] and context: [B, S, C], both normed.
+          colors: [B, S, 12] in [-1, 1].
+        """
+        dtype = wide(x.dtype)
+        keys = self.key(context).repeat_interleave(PATCH_COLORS // 3, dim=1) + self.places.to(x.dtype)
+        scores = self.query(x).to(dtype) @ keys.to(dtype).mT * COPY_WIDTH**-0.5
+        copied = scores.softmax(-1) @ colors.to(dtype).unflatten(-1, (-1, 3)).flatten(1, 2)
+        # To [0, 1], but not to its ends, whose logits are infinite.
+        return ((copied + 1) / 2).clamp(0.02, 0.98).logit()
+
+
 class GaussianDecoder(nn.Module):
     """A transformer over points without any order; fresh weights paint equal Gaussians (the head starts at zero)."""
 
@@ -88,6 +115,8 @@ class GaussianDecoder(nn.Module):
             self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
             if config.cross_attention:
                 self.context_norm = RMSNorm(config.context_width)
+            if config.context_colors:
+                self.copy, self.portrait_mlp = Copy(config), Mlp(config.context_tokens * PATCH_COLORS, width)
         self.head = Head(width, sum(OUTPUTS))
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -106,11 +135,15 @@ class GaussianDecoder(nn.Module):
           points: [B, P, 3] canonical positions, metres.
           hidden: [B, P, 4, E] final hidden states of the AR model at each point's four tokens.
           num_points: [B]; points at or beyond it are padding.
-          context: [B, S, C] of the AR model, of which `context_lengths` [B] tokens are real; for cross-attention.
+          context: [B, S, C] of the AR model, of which `context_lengths` [B] tokens are real; for cross-attention. With
+            `config.context_colors` the last 12 of C are a patch's colours.
         """
         config = self.config
         x = self.trunk(points, hidden, num_points, context, context_lengths)
         colors, opacities, scales, quats, offsets = self.head(x).split(OUTPUTS, dim=-1)
+        if config.context_colors:
+            normed = self.context_norm(context.to(x.dtype))
+            colors = colors + self.copy(self.head.norm(x), normed, context[..., -PATCH_COLORS:])
         real = torch.ones(points.shape[:2], dtype=torch.bool, device=points.device)
         if num_points is not None:
             real = length_mask(num_points, points.shape[1])[:, 0, 0]
@@ -137,6 +170,9 @@ class GaussianDecoder(nn.Module):
         if self.uses_features:
             parts.append(self.feature_mlp(self.feature_norm(hidden.flatten(2).to(dtype))))
         x = self.input(torch.cat(parts, dim=-1))
+        if config.context_colors:
+            # One row for all points: the whole portrait's colours.
+            x = x + self.portrait_mlp(context[..., -PATCH_COLORS:].to(dtype).flatten(1)[:, None])
         if config.cross_attention:
             context = self.context_norm(context.to(dtype))
         mask, context_mask = length_mask(num_points, points.shape[1]), None

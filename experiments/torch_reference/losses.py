@@ -1,4 +1,5 @@
-"""L1, SSIM, LPIPS and the offset regulariser in PyTorch (DESIGN §7; facts/encoders_and_metrics.md 3, 4).
+"""L1, SSIM, LPIPS, the offset regulariser and the likelihood of marginals, in PyTorch
+(DESIGN §7; facts/encoders_and_metrics.md 3, 4).
 
 Images are [..., H, W, 3] in [0, 1]; every leading axis is a batch, one value per image.
 """
@@ -78,6 +79,12 @@ class Lpips(nn.Module):
             weights = getattr(self, f"linear{i}").to(a.dtype)
             distance = distance + torch.einsum("bchw,c->bhw", square, weights).mean((-2, -1))
         return distance.reshape(shape)
+
+
+def marginal_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Σ -log p of the classes `labels` [B, P] of each row under its one distribution, logits [B, V]; -1 is no class."""
+    chosen = logits.log_softmax(-1).gather(1, labels.clamp(min=0))
+    return -torch.where(labels >= 0, chosen, 0).sum()
 
 
 def regularizer(offsets: Tensor, num_points: Tensor | None = None) -> Tensor:

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from experiments.torch_reference.flame import Head, animate, bind
 from experiments.torch_reference.gaussian_decoder import GaussianDecoder
-from experiments.torch_reference.losses import Lpips, l1, regularizer, ssim
+from experiments.torch_reference.losses import Lpips, l1, marginal_nll, regularizer, ssim
 from experiments.torch_reference.point_transformer import PointTransformer
 from experiments.torch_reference.rasterizer import rasterize
+from experiments.torch_reference.settings import wide
 
 if TYPE_CHECKING:
     from pointillist_jax.configs import TrainConfig
@@ -102,14 +104,33 @@ class StageOne(nn.Module):
         self.transformer, self.condition = transformer, condition
 
     def forward(self, batch: Batch, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Summed loss and number of supervised tokens.
+        """Summed loss (with that of the marginals, where the config has one) and number of supervised tokens.
 
         Args:
           batch: tokens, targets, positions [B, T], mask [B, T], and context [B, S, D] or condition (of `Condition`).
         """
         context = batch["context"] if self.condition is None else self.condition(batch["condition"])
         tokens, targets = batch["tokens"].long(), batch["targets"].long()
-        return self.transformer.loss_sums(tokens, targets, context, batch.get("positions"), batch.get("mask"), z_loss)
+        mask, weight = batch.get("mask"), self.transformer.config.condition_loss
+        total, count = self.transformer.loss_sums(tokens, targets, context, batch.get("positions"), mask, z_loss)
+        if weight and self.condition is not None:
+            total = total + weight * self.marginal_loss(context, targets, mask)
+        return total, count
+
+    def marginal_loss(self, context: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Σ -log p of a window's targets under what the context alone says of their slots (`config.condition_loss`).
+
+        The classifiers are only read: this loss trains the condition, not the transformer.
+        """
+        ids, total = self.transformer.ids, 0
+        targets = targets if mask is None else torch.where(mask, targets, ids.pad)
+        classifiers, states = self.transformer.classifiers(), self.condition.marginals(context)
+        for slot, (classifier, state) in enumerate(zip(classifiers, states, strict=True)):
+            logits = F.linear(state, classifier.rows.detach()).to(wide(state.dtype))
+            # Target t is the token after token t.
+            labels = classifier.labels(targets[:, (slot - 1) % 4 :: 4], ids.eos)
+            total = total + marginal_nll(logits, labels)
+        return total
 
 
 class StageTwo(nn.Module):

@@ -24,6 +24,7 @@ OPTIONS = (
     {"step": "point"},
     {"mlp": "plain", "qk_norm": False, "slot_embedding": False, "coord_tables": "learned", "tied_head": False},
     {"encoder": EncoderConfig(image_size=14, frozen=True)},
+    {"step": "point", "condition_loss": 1.0},
 )
 DECODER = DecoderConfig(feature_width=10, context_width=9, width=12, layers=2, heads=3, head_dim=4, mlp_width=20,
                         cross_attention=True)  # fmt: skip
@@ -64,8 +65,9 @@ def test_decoder_goes_there_and_back(dtype):
     params = randomized(decoder_specs(DECODER), dtype=dtype)
     state = reference.decoder_to_torch(params, DECODER)
     assert_same_bits(reference.decoder_from_torch(state, DECODER), params)
-    for inputs in ("none", "position_only"):
-        config = dataclasses.replace(DECODER, inputs=inputs, cross_attention=False)
+    others = [{"inputs": inputs, "cross_attention": False} for inputs in ("none", "position_only")]
+    for options in (*others, {"context_colors": True, "context_width": 21, "context_tokens": 5}):
+        config = dataclasses.replace(DECODER, **options)
         params = randomized(decoder_specs(config), dtype=dtype)
         assert_same_bits(reference.decoder_from_torch(reference.decoder_to_torch(params, config), config), params)
 

@@ -182,6 +182,8 @@ def test_presets_and_refusals():
         ({"inputs": "colour"}, "one of both"),
         ({"points": "flame_vertices"}, "no AR features"),
         ({"views": 0}, "at least 1"),
+        ({"context_colors": True, "cross_attention": False}, "needs decoder.cross_attention"),
+        ({"context_colors": True, "inputs": "none"}, "one Gaussian for all"),
         ({"initial_opacity": 1.0}, "initial_opacity"),
     ):
         with pytest.raises(UserError, match=message):

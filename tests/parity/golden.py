@@ -7,13 +7,14 @@ Weights and inputs come from NumPy's generators, whose streams do not change; on
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from pointillist_jax.configs import DecoderConfig
+from pointillist_jax.configs import PATCH_COLORS, DecoderConfig
 from pointillist_jax.convert.reference import decoder_to_torch, transformer_to_torch
 from pointillist_jax.models import ar, gaussian_decoder
 from pointillist_jax.models.layers import init_params
@@ -23,6 +24,10 @@ PATH = Path(__file__).with_name("golden.npz")
 MODEL = changed(dtype="float64", window=12)
 DECODER = DecoderConfig(feature_width=10, context_width=9, width=24, layers=2, heads=3, head_dim=8, mlp_width=40,
                         attention="xla", cross_attention=True, dtype="float64")  # fmt: skip
+
+# The same with the portrait's colours in the context.
+COLORED = dataclasses.replace(DECODER, context_colors=True, context_width=9 + PATCH_COLORS, context_tokens=7)
+DECODERS = {"decoder": DECODER, "colored": COLORED}
 
 
 def parameters(specs: Any, seed: int) -> Any:
@@ -40,15 +45,15 @@ def transformer_case() -> tuple[Any, dict[str, np.ndarray]]:
     return parameters(ar.param_specs(MODEL), 2), {**batch, "context": context}
 
 
-def decoder_case() -> tuple[Any, dict[str, np.ndarray]]:
+def decoder_case(config: DecoderConfig) -> tuple[Any, dict[str, np.ndarray]]:
     """(parameters, inputs)."""
     rng = np.random.default_rng(3)
     inputs = {
-        "points": rng.uniform(DECODER.lower, DECODER.upper, (1, 20, 3)),
-        "hidden": rng.normal(size=(1, 20, 4, DECODER.feature_width)),
-        "context": rng.normal(size=(1, 7, DECODER.context_width)),
+        "points": rng.uniform(config.lower, config.upper, (1, 20, 3)),
+        "hidden": rng.normal(size=(1, 20, 4, config.feature_width)),
+        "context": rng.normal(size=(1, 7, config.context_width)),
     }
-    return parameters(gaussian_decoder.param_specs(DECODER), 4), inputs
+    return parameters(gaussian_decoder.param_specs(config), 4), inputs
 
 
 def main() -> None:
@@ -66,12 +71,13 @@ def main() -> None:
         arrays = {"hidden": twin(given["tokens"], given["context"]).numpy(), "loss": loss.detach().numpy()}
     # A sum with weights of its own stands for every gradient.
     arrays |= {f"gradient/{name}": digest(p.grad.numpy()) for name, p in twin.named_parameters()}
-    params, inputs = decoder_case()
-    decoder = load_arrays(GaussianDecoder(DECODER), decoder_to_torch(params, DECODER))
-    given = tensors(inputs)
-    with torch.no_grad():
-        found = decoder(given["points"], given["hidden"], None, given["context"])
-    arrays |= {f"decoder/{name}": value.numpy() for name, value in found._asdict().items()}
+    for kind, config in DECODERS.items():
+        params, inputs = decoder_case(config)
+        decoder = load_arrays(GaussianDecoder(config), decoder_to_torch(params, config))
+        given = tensors(inputs)
+        with torch.no_grad():
+            found = decoder(given["points"], given["hidden"], None, given["context"])
+        arrays |= {f"{kind}/{name}": value.numpy() for name, value in found._asdict().items()}
     np.savez_compressed(PATH, **arrays)
     print(f"{PATH}: {len(arrays)} arrays, {PATH.stat().st_size / 1024:.0f} KiB")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,9 @@ from pointillist_jax.sampling import choose, generate
 from tests.sampling.small import CONFIG, OPTIONS, contexts, params_without_end, random_cloud
 
 torch = pytest.importorskip("torch")
-from experiments.torch_reference.decode import Decoder, Filters  # noqa: E402
+from experiments.torch_reference.decode import Decoder, Filters, decoder_of  # noqa: E402
 from experiments.torch_reference.layers import load_arrays  # noqa: E402
+from experiments.torch_reference.point_step import PointStepTransformer  # noqa: E402
 from experiments.torch_reference.point_transformer import PointTransformer  # noqa: E402
 from tests.models.tiny_ar import changed  # noqa: E402
 from tests.parity.compare import assert_close  # noqa: E402
@@ -30,27 +33,29 @@ def uniforms_of(keys, points: int) -> torch.Tensor:
 
 
 def decoder(config, params, context, lengths=None) -> Decoder:
-    model = PointTransformer(config)
+    model = (PointStepTransformer if config.step == "point" else PointTransformer)(config)
     load_arrays(model, jax.tree.map(np.asarray, params))
     with torch.no_grad():
-        return Decoder(model, torch.tensor(context), lengths)
+        return decoder_of(model, torch.tensor(context), lengths)
 
 
+@pytest.mark.parametrize("step", ["token", "point"])
 @pytest.mark.parametrize("filters", [
     {}, {"temperature": 1.7, "top_k": 9, "top_p": 0.8}, {"temperature": 0.0}, {"constrain": False, "top_p": 0.5},
 ], ids=["plain", "filtered", "greedy", "unconstrained"])  # fmt: skip
-def test_the_same_draws_give_the_same_tokens(rng, filters):
-    """A window of four points, so rings turn over six times; contexts of different lengths."""
-    params = jax.tree.map(lambda x: x.astype(jnp.float64), params_without_end(DOUBLE))
+def test_the_same_draws_give_the_same_tokens(rng, filters, step):
+    """A window of four points (or steps), so rings turn over six times; contexts of different lengths."""
+    config = dataclasses.replace(DOUBLE, step=step, window=16 if step == "token" else 4)
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), params_without_end(config))
     # E comes now and then.
-    params["embedding"] = params["embedding"].at[DOUBLE.tokenizer.eos].set(params["embedding"][0])
-    context, lengths = contexts(rng, DOUBLE, 3).astype(np.float64), np.array([11, 6, 9])
+    params["embedding"] = params["embedding"].at[config.tokenizer.eos].set(params["embedding"][0])
+    context, lengths = contexts(rng, config, 3).astype(np.float64), np.array([11, 6, 9])
     keys = jax.random.split(jax.random.PRNGKey(int(rng.integers(1 << 30))), 3)
     expected = generate(
-        params, DOUBLE, DOUBLE.tokenizer, context, key=keys, context_lengths=lengths, **OPTIONS, **filters
+        params, config, config.tokenizer, context, key=keys, context_lengths=lengths, **OPTIONS, **filters
     )
     with torch.inference_mode():
-        tokens, number, log_probs, states = decoder(DOUBLE, params, context, torch.tensor(lengths)).generate(
+        tokens, number, log_probs, states = decoder(config, params, context, torch.tensor(lengths)).generate(
             24, uniforms=uniforms_of(keys, 24), filters=Filters(**filters), chunk=7
         )
     np.testing.assert_array_equal(tokens, expected.tokens)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pointillist_jax.models.gaussian_decoder import decode
-from tests.models.test_gaussian_decoder import CONFIG, FIELDS, random_inputs, random_params
+from tests.models.test_gaussian_decoder import COLORED, CONFIG, FIELDS, random_inputs, random_params
 
 torch = pytest.importorskip("torch")
 from experiments.torch_reference.gaussian_decoder import GaussianDecoder  # noqa: E402
@@ -23,10 +23,21 @@ from tests.parity.compare import assert_close, assert_same_gradients  # noqa: E4
     ("both", True), ("ar_only", False), ("position_only", False), ("none", False),
 ])  # fmt: skip
 def test_attributes_and_gradients(rng, inputs, cross):
-    config = dataclasses.replace(CONFIG, inputs=inputs, cross_attention=cross, dtype="float64")
+    assert_same(rng, dataclasses.replace(CONFIG, inputs=inputs, cross_attention=cross, dtype="float64"), [7, 4])
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("inputs", ["both", "position_only"])
+def test_colours_of_the_portrait(rng, inputs):
+    """Every token of the context has its place there, so none of them is padding."""
+    assert_same(rng, dataclasses.replace(COLORED, inputs=inputs, dtype="float64"), [7, 7])
+
+
+def assert_same(rng, config, context_lengths) -> None:
+    """Attributes, and their gradients by every parameter and input."""
     params = random_params(config, dtype=jnp.float64)
     arrays = [x.astype(np.float64) for x in random_inputs(rng, points=20, config=config)]
-    lengths, context_lengths = np.array([20, 13]), np.array([7, 4])
+    lengths, context_lengths = np.array([20, 13]), np.array(context_lengths)
     real = np.arange(20) < lengths[:, None]
     sizes = {"means": 3, "quats": 4, "scales": 3, "opacities": 0, "colors": 3, "offsets": 3}
     # Scales are millimetres. What padding looks like has no meaning, only that it is not seen.
@@ -56,7 +67,7 @@ def test_attributes_and_gradients(rng, inputs, cross):
         assert (x.grad is not None) == np.any(gradient), name
         if x.grad is not None:
             assert_close(x.grad, gradient, name=name)
-    if inputs == "none":  # One Gaussian for all: nothing but the bias matters.
+    if config.inputs == "none":  # One Gaussian for all: nothing but the bias matters.
         assert twin.head.weight.grad.abs().max() == 0
         assert_close(twin.head.bias.grad, gradients[0]["head"]["bias"])
     else:
@@ -71,11 +82,12 @@ def test_it_starts_from_equal_gaussians(rng):
     torch.testing.assert_close(found.scales, torch.full((2, 50, 3), np.exp(-5.0), dtype=torch.float32))
 
 
+@pytest.mark.parametrize("config", [CONFIG, COLORED], ids=["plain", "colours"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.03)])
-def test_narrow_dtypes(rng, dtype, tolerance):
-    config = dataclasses.replace(CONFIG, dtype=dtype)
+def test_narrow_dtypes(rng, config, dtype, tolerance):
+    config = dataclasses.replace(config, dtype=dtype)
     params = random_params(config)
-    points, hidden, context = random_inputs(rng)
+    points, hidden, context = random_inputs(rng, config=config)
     expected = decode(params, config, points, hidden, None, context).gaussians
     twin = GaussianDecoder(config)
     load_arrays(twin, jax.tree.map(np.asarray, params))

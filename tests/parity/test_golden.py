@@ -41,11 +41,13 @@ def test_point_transformer(kept):
         assert_close(golden.digest(gradient), kept[f"gradient/{name}"], name)
 
 
-def test_gaussian_decoder(kept):
-    params, inputs = golden.decoder_case()
+@pytest.mark.parametrize("kind", golden.DECODERS)
+def test_gaussian_decoder(kept, kind):
+    config = golden.DECODERS[kind]
+    params, inputs = golden.decoder_case(config)
     gaussians, offsets = jax.jit(decode, static_argnums=1)(
-        params, golden.DECODER, inputs["points"], inputs["hidden"], None, inputs["context"]
+        params, config, inputs["points"], inputs["hidden"], None, inputs["context"]
     )
     for name in ("means", "quats", "scales", "opacities", "colors"):
-        assert_close(getattr(gaussians, name), kept[f"decoder/{name}"], name)
-    assert_close(offsets, kept["decoder/offsets"])
+        assert_close(getattr(gaussians, name), kept[f"{kind}/{name}"], name)
+    assert_close(offsets, kept[f"{kind}/offsets"])

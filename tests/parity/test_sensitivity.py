@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import jax
@@ -9,12 +10,12 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from experiments.torch_parity import point_transformer, stage_two  # noqa: E402
+from experiments.torch_parity import condition, gaussian_decoder, point_transformer, stage_two  # noqa: E402
 from experiments.torch_parity.rows import TOLERANCES, compare, first_diverging, table, worst_first  # noqa: E402
 from experiments.torch_parity.suite import Suite  # noqa: E402
 from experiments.torch_reference import flame as torch_flame  # noqa: E402
 from experiments.torch_reference.point_transformer import PointTransformer  # noqa: E402
-from pointillist_jax.configs import Config, DecoderConfig  # noqa: E402
+from pointillist_jax.configs import PATCH_COLORS, Config, DecoderConfig, EncoderConfig  # noqa: E402
 from tests.models.tiny_ar import changed  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -82,6 +83,61 @@ def test_a_missing_softmax_scale_and_a_transposed_matrix_are_named(suite):
     query = twin.layers[0].cross_attention.query
     query.weight = torch.nn.Parameter(query.weight.detach().T.contiguous())
     assert diverging(suite, twin) == "layers.0.cross_attention"
+
+
+@pytest.fixture(scope="module")
+def ours():
+    """The options beyond the paper: one step per point, the loss of marginals, the portrait's colours."""
+    encoder = EncoderConfig(image_size=14, num_points=16)
+    model = changed(dtype="float64", window=4, layers=1, step="point", condition_loss=1.0, encoder=encoder)
+    decoder = dataclasses.replace(CONFIG.decoder, cross_attention=True, context_colors=True, context_tokens=5,
+                                  context_width=32 + PATCH_COLORS)  # fmt: skip
+    with jax.enable_x64(True):
+        yield Suite(Config(model=model, decoder=decoder), 0, BOUNDS, length=32, points=16, context=5)
+
+
+@pytest.mark.parametrize(("part", "mistake", "block"), [
+    ("image_encoder.layers.0.norm2", {"weight": 1.0}, "condition.image_encoder"),
+    ("point_encoder.norm", {"weight": 1.0}, "condition.point_encoder"),
+    ("parts_projection", {"bias": 0.0}, "condition.parts_projection"),
+    ("marginals.norm", {"weight": 1.0}, "condition.marginals"),
+])  # fmt: skip
+def test_mistakes_in_the_condition_are_named(ours, part, mistake, block):
+    params, model = ours.stage_one()
+    for name, value in mistake.items():
+        torch.nn.init.constant_(getattr(model.condition.get_submodule(part), name), value)
+    rows = condition.block_rows(params, model, ours.config.model, ours.head, ours._conditioned(), BOUNDS)
+    assert first_diverging(rows).name == block
+
+
+def test_marginals_of_the_wrong_slots_are_named(ours, monkeypatch):
+    params, model = ours.stage_one()
+    forward = model.condition.marginals.forward
+    given = params, model, ours.config.model, ours.head, ours._conditioned(), BOUNDS
+    assert first_diverging(condition.block_rows(*given)) is None
+    monkeypatch.setattr(model.condition.marginals, "forward", lambda context: forward(context)[::-1])
+    assert first_diverging(condition.block_rows(*given)).name == "condition.marginals"
+
+
+def test_mistakes_in_the_chain_of_heads_are_named(ours):
+    twin = ours.twin()
+    torch.nn.init.ones_(twin.slot_heads["z"].norm.weight)
+    rows = point_transformer.block_rows(ours.transformer, twin, ours.config.model, ours.batch, BOUNDS)
+    assert first_diverging(rows).name == "slot_heads.z"
+
+
+def test_mistakes_in_copied_colours_are_named(ours):
+    config, cloud = ours.config.decoder, ours._cloud()
+
+    def diverging(change) -> str | None:
+        twin = ours.decoder_twin()
+        change(twin)
+        found = first_diverging(gaussian_decoder.block_rows(ours.decoder, twin, config, cloud, BOUNDS))
+        return found and found.name
+
+    assert diverging(lambda twin: None) is None
+    assert diverging(lambda twin: torch.nn.init.zeros_(twin.copy.places)) == "decoder.copy"
+    assert diverging(lambda twin: torch.nn.init.zeros_(twin.portrait_mlp.up.bias)) == "decoder.portrait_mlp"
 
 
 def test_a_transposed_joint_is_named(suite, monkeypatch):

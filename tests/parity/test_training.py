@@ -26,8 +26,9 @@ torch = pytest.importorskip("torch")
 from experiments.torch_reference import condition, flame, training  # noqa: E402
 from experiments.torch_reference.gaussian_decoder import GaussianDecoder  # noqa: E402
 from experiments.torch_reference.layers import RMSNorm, load_arrays  # noqa: E402
+from experiments.torch_reference.point_step import PointStepTransformer  # noqa: E402
 from experiments.torch_reference.point_transformer import PointTransformer  # noqa: E402
-from tests.parity.compare import assert_close, to_torch  # noqa: E402
+from tests.parity.compare import assert_close, assert_same_gradients, to_torch  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("x64")
 TRAIN = TrainConfig(
@@ -126,22 +127,64 @@ def test_schedule():
         np.testing.assert_allclose([training.learning_rate(config, step) for step in range(10)], expected, rtol=1e-12)
 
 
-@pytest.mark.slow
-def test_stage_one(rng):
-    """With the tiny encoders trained along; windows with different numbers of supervised tokens in two parts."""
-    config = changed(dtype="float64", layers=1, encoder=EncoderConfig(image_size=28, num_points=40))
+def conditioned_window(rng, config, head):
+    """Four windows with some targets masked, and the portraits and FLAME parameters of their people."""
+    batch = {name: np.asarray(x) for name, x in random_batch(rng, config, batch=4).items() if name != "context"}
+    batch |= {"positions": np.tile(np.arange(32), (4, 1)), "mask": rng.random((4, 32)) < 0.8}
+    portrait = rng.integers(0, 256, (4, 28, 28, 3)).astype(np.uint8)
+    return {**batch, "condition": {"portrait": portrait, "flame": params_of(rng, head, 4)}}
+
+
+def stage_one_of(config, head):
+    transformer = PointStepTransformer if config.step == "point" else PointTransformer
+    return training.StageOne(transformer(config), condition.Condition(config, flame.make_head(vars(head))))
+
+
+@pytest.mark.parametrize("options", [
+    {"condition_loss": 0.7}, {"condition_loss": 1.0, "step": "point", "window": 8},
+    {"condition_loss": 2.0, "loss_support": "vocab", "coord_tables": "learned"},
+], ids=["token", "point", "vocab"])  # fmt: skip
+def test_the_loss_of_marginals(rng, options):
+    """Alone, and with the next-token loss: both sums and the gradient of every parameter."""
+    config = changed(dtype="float64", layers=1, encoder=EncoderConfig(image_size=28, num_points=40), **options)
     head = random_head(rng)
     params = random_weights(rng, ar.init_params(config).args[0])
-    batches = []
-    for _ in range(4):
-        batch = {name: np.asarray(x) for name, x in random_batch(rng, config, batch=4).items() if name != "context"}
-        batch |= {"positions": np.tile(np.arange(32), (4, 1)), "mask": rng.random((4, 32)) < 0.8}
-        batch["condition"] = {
-            "portrait": rng.integers(0, 256, (4, 28, 28, 3)).astype(np.uint8),
-            "flame": params_of(rng, head, 4),
-        }
-        batches.append(batch)
-    model = training.StageOne(PointTransformer(config), condition.Condition(config, flame.make_head(vars(head))))
+    batch = conditioned_window(rng, config, head)
+    loss_fn = ar.make_loss(config, head, 0.1)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def total(params):
+        total, count, extra = loss_fn(params, batch, None)
+        return total, (count, extra["marginal"][0])
+
+    (expected, (count, marginal)), gradients = total(params)
+    model, given = stage_one_of(config, head), to_torch(batch)
+    load_arrays(model, jax.tree.map(np.asarray, params))
+    alone = model.marginal_loss(model.condition(given["condition"]), given["targets"], given["mask"])
+    assert_close(alone, marginal)
+    alone.backward()
+    assert all(p.grad is None for p in model.transformer.parameters())
+    assert all(p.grad.abs().max() > 0 for p in model.condition.marginals.parameters())
+    model.zero_grad()
+    found, number = model(given, 0.1)
+    assert int(number) == int(count)
+    assert_close(found, expected)
+    found.backward()
+    assert_same_gradients(model, gradients, load_arrays)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("condition_loss", [0.0, 1.0])
+def test_stage_one(rng, condition_loss):
+    """With the tiny encoders trained along; windows with different numbers of supervised tokens in two parts."""
+    config = changed(
+        dtype="float64", layers=1, encoder=EncoderConfig(image_size=28, num_points=40), condition_loss=condition_loss
+    )
+    head = random_head(rng)
+    params = random_weights(rng, ar.init_params(config).args[0])
+    batches = [conditioned_window(rng, config, head) for _ in range(4)]
+    model = stage_one_of(config, head)
     loss_fn = ar.make_loss(config, head, TRAIN.z_loss)
     step = lambda optimizer, batch: training.stage_one_step(model, optimizer, batch)  # noqa: E731
     assert_same_steps(params, model, step, loss_fn, TRAIN, batches)
