@@ -39,7 +39,10 @@ from pointillist_jax.models.condition import context_length
 CONFIG = define_config("model", "decoder", "train")
 SEEDS = flags.DEFINE_list("seeds", ["0"], "Of weights and inputs; every one is a comparison of its own.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "float64", "bfloat16"], "Of the computation.")
-STEPS = flags.DEFINE_integer("steps", 20, "Optimiser steps of each stage.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 20, "Optimiser steps of stage one.", lower_bound=1)
+STEPS_TWO = flags.DEFINE_integer(
+    "steps_two", 5, "Optimiser steps of stage two (experiments/LOG.md: why few).", lower_bound=1
+)
 WHAT = flags.DEFINE_list("what", ["blocks", "gradients", "steps", "sampling"], "Parts; speed is one more.")
 LENGTH = flags.DEFINE_integer("length", 64, "Tokens of a window that is compared, a multiple of 4.", lower_bound=8)
 POINTS = flags.DEFINE_integer("points", 64, "Points of a cloud that is decoded and splatted.", lower_bound=4)
@@ -77,7 +80,7 @@ def main() -> None:
             found += part
             print(f"seed {seed}: {total} tokens sampled", flush=True)
         if "steps" in WHAT.value:
-            part, drift = suite.steps(STEPS.value)
+            part, drift = suite.steps(STEPS.value, STEPS_TWO.value)
             found += part
             drifts |= {f"{stage}, seed {seed}": list(enumerate(values)) for stage, values in drift.items()}
         if "speed" in WHAT.value and not speed:

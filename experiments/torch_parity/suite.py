@@ -99,14 +99,14 @@ class Suite:
             self.decoder, self.decoder_twin(), decoder, self._cloud(), self.bounds
         )
 
-    def steps(self, number: int) -> tuple[list[Row], dict[str, list[float]]]:
+    def steps(self, number: int, number_two: int) -> tuple[list[Row], dict[str, list[float]]]:
         """Both stages; also the loss's relative difference at every step, by stage."""
         model = self.config.model
         params, twin = self.stage_one()
         batches = [self._conditioned(new=True) for _ in range(number)]
         rows, one = training.stage_one_rows(params, twin, model, self.head, self.config.train, batches, self.bounds)
         first = self._scene()
-        scenes = [first, *(dataclasses.replace(first, batch=self._scene().batch) for _ in range(number - 1))]
+        scenes = [first, *(dataclasses.replace(first, batch=self._scene().batch) for _ in range(number_two - 1))]
         more, two = stage_two.step_comparison(self.decoder, self.config.decoder, scenes, self.rng, self.bounds)
         return rows + more, {"stage one": one, "stage two": two}
 

@@ -24,7 +24,9 @@ def compare(*arguments: str):
 @pytest.mark.parametrize("preset", ["tiny", "laptop"])
 def test_everything_agrees_in_float64(tmp_path, preset):
     """`laptop` has one step per point, the loss of marginals, and the portrait's colours."""
-    done = compare(f"--config={preset}", "--dtype=float64", "--steps=2", "--tokens=40", f"--workdir={tmp_path}")
+    done = compare(
+        f"--config={preset}", "--dtype=float64", "--steps=2", "--steps_two=2", "--tokens=40", f"--workdir={tmp_path}"
+    )
     assert done.returncode == 0, done.stderr + done.stdout
     content = json.loads((tmp_path / "rows.json").read_text())
     assert {row["section"] for row in content["rows"]} == {"blocks", "models", "gradients", "steps", "sampling"}
