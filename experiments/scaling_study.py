@@ -24,9 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +41,7 @@ from experiments.scaling_worker import Row, run_row
 from pointillist_jax.configs import Config
 from pointillist_jax.files import UserError, atomic_path
 from pointillist_jax.scaling.hardware import HARDWARE
+from pointillist_jax.scaling.meshes import meshes_of, powers, takes
 from pointillist_jax.sharding import mesh_sizes
 
 MODE = flags.DEFINE_enum("mode", "measure", ["measure", "predict", "size"], "What to study.")
@@ -64,8 +63,6 @@ CONFIG = define_config("model", "train", "decoder")
 
 OUTPUTS = ("rows.jsonl", "rows.csv", "report.md", "report.json", "runs", "throughput.png", "efficiency.png", "loss.png",
            "predicted.png")  # fmt: skip
-# Axes that a device count is tried with, beside `data` for all: those whose traffic stays inside a machine.
-INSIDE = (2, 4, 8)
 # Flags that only one mode reads.
 ONLY = {"simulate": "measure", "steps": "measure", "hardware": "predict", "utilisation": "predict", "store": "size",
         "sizes": "size"}  # fmt: skip
@@ -109,7 +106,7 @@ def planned(config: Config) -> Iterator[Row]:
     gpus = jax.default_backend() == "gpu"
     simulated = ("cpu" if SIMULATE.value else "") if measure else "gpu" if gpus else "cpu"
     content = json.loads(json.dumps(dataclasses.asdict(config)))
-    if MESHES.value and not any(_takes(mesh, count) for mesh in MESHES.value.split(";") for count in counts):
+    if MESHES.value and not any(takes(mesh, count) for mesh in MESHES.value.split(";") for count in counts):
         raise UserError(f"--meshes={MESHES.value}: none is a mesh of {' or '.join(map(str, counts))} devices.")
     seen = set()
     for stage in STAGES.value:
@@ -124,45 +121,6 @@ def planned(config: Config) -> Iterator[Row]:
                     if batch % shares == 0 and row.key not in seen:
                         seen.add(row.key)
                         yield row
-
-
-def meshes_of(count: int, config: Config, stage: str, given: str = "") -> list[str]:
-    """Meshes of so many devices that the model divides over: those given, or all that are worth a try."""
-    if given:
-        return [mesh for mesh in given.split(";") if _takes(mesh, count) and _fits(mesh, count, config)]
-    tried = [f"data:{count}"]
-    tried += [f"data:{count // n},fsdp:{n}" for n in sorted({8, min(count, 64)}) if count > 1 and count % n == 0]
-    if stage == "one":
-        # Eight ways are worth a compilation where few devices leave no other choice.
-        inside = [n for n in INSIDE if count % n == 0 and (n < 8 or count <= 16)]
-        tried += [f"data:{count // n},{axis}:{n}" for axis in ("tensor", "context") for n in inside]
-        tried += (
-            [f"data:{count // 8},fsdp:4,tensor:2", f"data:{count // 8},tensor:2,context:4"] if count % 8 == 0 else []
-        )
-    return [mesh for mesh in dict.fromkeys(tried) if _fits(mesh, count, config)]
-
-
-def _takes(mesh: str, count: int) -> bool:
-    """Whether a mesh of --meshes is one of so many devices."""
-    named = math.prod(map(int, re.findall(r":(\d{1,6})", mesh)))
-    mesh_sizes(mesh, named)  # Raises for what is no mesh.
-    return named == count or ("data" not in mesh and count % named == 0)
-
-
-def _fits(mesh: str, count: int, config: Config) -> bool:
-    sizes, model = mesh_sizes(mesh, count), config.model
-    heads = math.gcd(model.heads, model.num_kv_heads)
-    return not (
-        heads % (sizes["tensor"] * sizes["context"])
-        or model.width % sizes["fsdp"]
-        or model.mlp_width % sizes["tensor"]
-        or (model.window // 4) % sizes["context"]
-    )
-
-
-def powers(count: int) -> list[int]:
-    """1, 2, 4 … and the count itself."""
-    return sorted({2**n for n in range(count.bit_length()) if 2**n <= count} | {count})
 
 
 def run_rows(rows: list[Row], workdir: Path) -> list[dict[str, Any]]:

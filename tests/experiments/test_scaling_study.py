@@ -8,10 +8,10 @@ import json
 import pytest
 
 from experiments import scaling_report
-from experiments.scaling_study import meshes_of, powers
 from experiments.scaling_worker import Row
 from pointillist_jax.configs import preset
 from pointillist_jax.files import FileFormatError
+from pointillist_jax.scaling.meshes import meshes_of, powers
 from pointillist_jax.sharding import mesh_sizes
 from tests.experiments.small_ar import command, write_people
 from tests.experiments.test_scripts import start
