@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pointillist_jax.files import UserError
+from pointillist_jax.models.layers import weighted_sum
 from pointillist_jax.sharding import constrain, logical_spec, parts_of
 from renderer_bridge.varying import axes_of, vary
 
@@ -289,7 +290,7 @@ def _chunked_backward(plan: _Plan, residuals, out_bar):
     key_shape = batch, plan.keys, kv_heads, head_dim
     per_kv_head, dtype, scale = heads // kv_heads, _accumulator(out.dtype), head_dim**-0.5
     g_tiles = _query_tiles(out_bar.astype(out.dtype), plan, kv_heads)
-    delta = (out_bar.astype(dtype) * out.astype(dtype)).sum(-1, keepdims=True)
+    delta = weighted_sum(out_bar.astype(dtype) * out.astype(dtype), jnp.ones(head_dim, dtype), (3,))[..., None]
     q_t, g_t, k_t, lse_t, delta_t = (
         jnp.swapaxes(x, -1, -2) for x in (q_tiles, g_tiles, k_tiles, lse, _query_tiles(delta, plan, kv_heads))
     )

@@ -53,8 +53,7 @@ def cast_layer(layer: Params, dtype: Any) -> Params:
 
 def project_heads(p: Params, y: Float[Array, "B T D"], *names: str) -> list[Float[Array, "B T _ H"]]:
     """ "query", "key" or "value" of `y`, as named, normed where the model norms them."""
-    flat = products(y, *(p[name].reshape(p[name].shape[0], -1) for name in names))
-    heads = [x.reshape(*y.shape[:-1], *p[name].shape[1:]) for x, name in zip(flat, names, strict=True)]
+    heads = products(y, *(p[name] for name in names))
     norms = [p.get(f"{name}_norm") for name in names]
     return [x if norm is None else rms_norm(x, norm) for x, norm in zip(heads, norms, strict=True)]
 

@@ -120,11 +120,26 @@ def _rms_norm_forward(x, scale, eps):
 def _rms_norm_backward(eps, residuals, y_bar):
     del eps
     x, inverse, scale = residuals
-    normed, y_bar = x * inverse, y_bar.astype(inverse.dtype)
-    scale_bar = jnp.sum(y_bar * normed, axis=tuple(range(x.ndim - 1)))
-    normed_bar = y_bar * scale
-    x_bar = inverse * (normed_bar - normed * jnp.mean(normed_bar * normed, axis=-1, keepdims=True))
+    # Both sums are of y_bar · x, which is written once: a sum that the CPU compiler fuses with what makes its terms
+    # runs at a fifth of the speed.
+    y_bar = y_bar.astype(inverse.dtype)
+    terms = y_bar * x
+    scale_bar = weighted_sum(terms, inverse[..., 0], tuple(range(x.ndim - 1)))
+    mean = weighted_sum(terms, scale, (x.ndim - 1,))[..., None] / x.shape[-1]
+    x_bar = inverse * (y_bar * scale - x * (inverse * inverse * mean))
     return x_bar.astype(x.dtype), scale_bar.astype(scale.dtype)
+
+
+def weighted_sum(terms: Array, weights: Array, axes: tuple[int, ...]) -> Array:
+    """Σ terms · weights over `axes`, which are all that `weights` has; on CPU as a product, which it adds up faster."""
+    if jax.default_backend() == "cpu":
+        # The weights on the left where they lie along the first axes: otherwise the terms would be transposed.
+        weights, own = weights.astype(terms.dtype), tuple(range(weights.ndim))
+        if 0 in axes:
+            return jax.lax.dot_general(weights, terms, ((own, axes), ((), ())))
+        return jax.lax.dot_general(terms, weights, ((axes, own), ((), ())))
+    others = [axis for axis in range(terms.ndim) if axis not in axes]
+    return jnp.sum(terms * jnp.expand_dims(weights, others), axes)
 
 
 _rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
@@ -203,20 +218,25 @@ def _product_backward(residuals, y_bar):
 product.defvjp(_product_forward, _product_backward)
 
 
-def products(x: Float[Array, "*b I"], *weights: Float[Array, "I _"]) -> list[Float[Array, "*b _"]]:
-    """x · w of each weight, as one product: fewer and larger ones keep more cores busy.
+def products(x: Float[Array, "*b I"], *weights: Array) -> list[Array]:
+    """x · w [*b, N, H] of weights [I, N, H] (or [*b, N] of [I, N]), as one product: large ones keep more cores busy.
 
     They stay apart over several devices, where weights laid side by side would have to be moved, and for sequences of
     few tokens, where copying the weights would cost more than the product. (What a batch holds must not decide: the
     two ways round differently, and a row's result is not to depend on its neighbours.)
     """
     mesh, few = jax.sharding.get_abstract_mesh(), x.ndim < 3 or x.shape[-2] < x.shape[-1]
-    if not mesh.empty and mesh.shape["tensor"] > 1 and len({w.shape for w in weights}) == 1:
-        return list(_products_apart(x, weights))
-    if mesh.size > 1 or few:
-        return [product(x, w) for w in weights]
-    ends = np.cumsum([w.shape[1] for w in weights])
-    return jnp.split(product(x, jnp.concatenate(weights, axis=1)), ends[:-1], axis=-1)
+    flat = [w.reshape(w.shape[0], -1) for w in weights]
+    if not mesh.empty and mesh.shape["tensor"] > 1 and len({w.shape for w in flat}) == 1:
+        parts = _products_apart(x, flat)
+    elif mesh.size > 1 or few:
+        parts = [product(x, w) for w in flat]
+    else:
+        together = product(x, jnp.concatenate(flat, axis=1))
+        # Cut where heads begin, not channels: what is cut then costs no more to read than what is whole.
+        together, axis = together.reshape(*x.shape[:-1], -1, *weights[0].shape[2:]), x.ndim - 1
+        return jnp.split(together, np.cumsum([w.shape[1] for w in weights])[:-1], axis=axis)
+    return [part.reshape(*x.shape[:-1], *w.shape[1:]) for part, w in zip(parts, weights, strict=True)]
 
 
 @jax.custom_vjp
