@@ -167,6 +167,10 @@ def _dense(q, k, v, causal, window, kv_lengths):
     return out.reshape(q.shape).astype(q.dtype)
 
 
+# Blocks of a sequence: stacked on a first axis, or, where tiles are few, a list of them.
+Tiles = Array | list[Array]
+
+
 class _Plan(NamedTuple):
     """Which tiles of the T×S score matrix are computed, as (query block, key block), row by row; static.
 
@@ -205,19 +209,29 @@ class _Plan(NamedTuple):
     def scan(self, tile: Callable, carry: tuple[Array, ...], padded: bool) -> tuple[Array, ...]:
         """`tile(carry, (i, j), masked)` over all tiles, masked where they need it; `padded`: all do.
 
-        Arrays of `carry` are stacked along blocks. When tiles are few they are written out, on lists of blocks.
+        `carry`: of arrays stacked along blocks, or of lists of blocks when the tiles are written out.
         """
-        if self.written_out:
-            lists = tuple(list(x) for x in carry)
-            for masked, pairs in ((padded, self.whole), (True, self.cut)):
-                for pair in pairs:
-                    lists = tile(lists, pair, masked=masked)
-            return tuple(jnp.stack(x) for x in lists)
         for masked, pairs in ((padded, self.whole), (True, self.cut)):
-            if pairs:
+            if self.written_out:
+                for pair in pairs:
+                    carry = tile(carry, pair, masked=masked)
+            elif pairs:
                 step = lambda carry, pair, masked=masked: (tile(carry, pair, masked=masked), None)  # noqa: E731
                 carry, _ = lax.scan(step, carry, tuple(np.array(pairs, np.int32).T))
         return carry
+
+    def filled(self, value: float, blocks: int, shape: tuple[int, ...], like: Array, dtype) -> Tiles:
+        """Blocks of `shape` to begin with, varying over the mesh (inside `parallel_attention`) as `like` does."""
+        block = vary(jnp.full(shape if self.written_out else (blocks, *shape), value, dtype), axes_of(like))
+        return [block] * blocks if self.written_out else block
+
+    @property
+    def blocks_q(self) -> int:
+        return -(-self.queries // self.block_q)
+
+    @property
+    def blocks_k(self) -> int:
+        return -(-self.keys // self.block_k)
 
     @property
     def written_out(self) -> bool:
@@ -256,9 +270,10 @@ def _chunked(q, k, v, kv_lengths, plan: _Plan):
 
 
 def _chunked_forward(q, k, v, kv_lengths, plan: _Plan):
-    per_kv_head, dtype, scale = q.shape[2] // k.shape[2], _accumulator(q.dtype), q.shape[3] ** -0.5
-    q_tiles, k_tiles, v_tiles = _query_tiles(q, plan, k.shape[2]), _key_tiles(k, plan), _key_tiles(v, plan)
-    keys_t = jnp.swapaxes(k_tiles, -1, -2)
+    (batch, _, heads, head_dim), kv_heads = q.shape, k.shape[2]
+    per_kv_head, dtype, scale = heads // kv_heads, _accumulator(q.dtype), head_dim**-0.5
+    q_tiles, k_tiles, v_tiles = _query_tiles(q, plan, kv_heads), _key_tiles(k, plan), _key_tiles(v, plan)
+    keys_t = _transposed(k_tiles)
 
     def tile(carry, pair, masked):
         out, top, total = carry
@@ -274,25 +289,25 @@ def _chunked_forward(q, k, v, kv_lengths, plan: _Plan):
         total = _put(total, i, total[i] * shrink + weights.sum(-1, keepdims=True))
         return _put(out, i, out[i] * shrink + product), _put(top, i, new_top), total
 
-    rows = (*q_tiles.shape[:-1], 1)
-    start = jnp.zeros(q_tiles.shape, dtype), jnp.full(rows, _LOWEST, dtype), jnp.zeros(rows, dtype)
-    start = vary(start, axes_of(q_tiles))  # Inside `parallel_attention`.
-    out, top, total = plan.scan(tile, start, padded=kv_lengths is not None)
-    total = jnp.where(total > 0, total, 1)  # No key at all: zeros, and no NaN in the gradient.
-    out = checkpoint_name(_merge(out / total, q.shape, plan).astype(q.dtype), OUTPUT_NAME)
-    lse = checkpoint_name(top * scale + jnp.log(total), LSE_NAME)
+    rows = batch, kv_heads, per_kv_head * plan.block_q
+    start = [plan.filled(x, plan.blocks_q, (*rows, n), q, dtype) for x, n in ((0, head_dim), (_LOWEST, 1), (0, 1))]
+    out, top, total = plan.scan(tile, tuple(start), padded=kv_lengths is not None)
+    total = jax.tree.map(lambda x: jnp.where(x > 0, x, 1), total)  # No key at all: zeros, and no NaN in the gradient.
+    out = _merge(jax.tree.map(jnp.divide, out, total), q.shape, plan).astype(q.dtype)
+    lse = jax.tree.map(lambda top, total: checkpoint_name(top * scale + jnp.log(total), LSE_NAME), top, total)
+    out = checkpoint_name(out, OUTPUT_NAME)
     return out, (q_tiles, k_tiles, v_tiles, kv_lengths, out, lse)
 
 
 def _chunked_backward(plan: _Plan, residuals, out_bar):
     q_tiles, k_tiles, v_tiles, kv_lengths, out, lse = residuals
-    (batch, _, heads, head_dim), kv_heads = out.shape, k_tiles.shape[2]
+    (batch, _, heads, head_dim), kv_heads = out.shape, k_tiles[0].shape[1]
     key_shape = batch, plan.keys, kv_heads, head_dim
     per_kv_head, dtype, scale = heads // kv_heads, _accumulator(out.dtype), head_dim**-0.5
     g_tiles = _query_tiles(out_bar.astype(out.dtype), plan, kv_heads)
     delta = weighted_sum(out_bar.astype(dtype) * out.astype(dtype), jnp.ones(head_dim, dtype), (3,))[..., None]
-    q_t, g_t, k_t, lse_t, delta_t = (
-        jnp.swapaxes(x, -1, -2) for x in (q_tiles, g_tiles, k_tiles, lse, _query_tiles(delta, plan, kv_heads))
+    q_t, g_t, k_t, lse_t, delta_t = map(
+        _transposed, (q_tiles, g_tiles, k_tiles, lse, _query_tiles(delta, plan, kv_heads))
     )
 
     def tile(carry, pair, masked):
@@ -305,17 +320,19 @@ def _chunked_backward(plan: _Plan, residuals, out_bar):
         weights = jnp.exp(scores * scale - lse_t[i])
         d_weights = jnp.matmul(v_tiles[j], g_t[i], preferred_element_type=dtype)
         d_scores = (weights * (d_weights - delta_t[i])).astype(out.dtype)
-        dv = _put(dv, j, dv[j] + jnp.matmul(weights.astype(v_tiles.dtype), g_tiles[i], preferred_element_type=dtype))
+        dv = _put(dv, j, dv[j] + jnp.matmul(weights.astype(v_tiles[j].dtype), g_tiles[i], preferred_element_type=dtype))
         dk = _put(dk, j, dk[j] + jnp.matmul(d_scores, q_tiles[i], preferred_element_type=dtype))
         dq_t = _put(dq_t, i, dq_t[i] + jnp.matmul(k_t[j], d_scores, preferred_element_type=dtype))
         return dq_t, dk, dv
 
-    start = jnp.zeros(q_t.shape, dtype), jnp.zeros(k_tiles.shape, dtype), jnp.zeros(v_tiles.shape, dtype)
-    start = vary(start, axes_of(q_tiles))  # Inside `parallel_attention`.
-    dq_t, dk, dv = plan.scan(tile, start, padded=kv_lengths is not None)
-    dq = _merge(jnp.swapaxes(dq_t, -1, -2), out.shape, plan) * scale
+    queries = batch, kv_heads, head_dim, per_kv_head * plan.block_q
+    keys = batch, kv_heads, plan.block_k, head_dim
+    shapes = (plan.blocks_q, queries), (plan.blocks_k, keys), (plan.blocks_k, keys)
+    start = [plan.filled(0, blocks, shape, out, dtype) for blocks, shape in shapes]
+    dq_t, dk, dv = plan.scan(tile, tuple(start), padded=kv_lengths is not None)
+    dq = _merge(_transposed(dq_t), out.shape, plan) * scale
     dk, dv = _merge_keys(dk, key_shape) * scale, _merge_keys(dv, key_shape)
-    return dq.astype(out.dtype), dk.astype(k_tiles.dtype), dv.astype(v_tiles.dtype), None
+    return dq.astype(out.dtype), dk.astype(k_tiles[0].dtype), dv.astype(v_tiles[0].dtype), None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
@@ -328,30 +345,55 @@ def _put(x, i, value):
     return lax.dynamic_update_index_in_dim(x, value, i, 0)
 
 
-def _query_tiles(x, plan: _Plan, kv_heads: int):
-    """[B,T,N,H] → [blocks, B, K, R·block, H]."""
+def _query_tiles(x, plan: _Plan, kv_heads: int) -> Tiles:
+    """[B,T,N,H] → blocks of [B, K, R·block, H]."""
     batch, queries, heads, dim = x.shape
-    blocks = -(-queries // plan.block_q)
-    x = jnp.pad(x, ((0, 0), (0, blocks * plan.block_q - queries), (0, 0), (0, 0)))
-    x = x.reshape(batch, blocks, plan.block_q, kv_heads, heads // kv_heads, dim)
-    return x.transpose(1, 0, 3, 4, 2, 5).reshape(blocks, batch, kv_heads, -1, dim)
+    x = jnp.pad(x, ((0, 0), (0, plan.blocks_q * plan.block_q - queries), (0, 0), (0, 0)))
+    return _cut(x.reshape(batch, -1, plan.block_q, kv_heads, heads // kv_heads, dim), (0, 2, 3, 1, 4), plan)
 
 
-def _key_tiles(x, plan: _Plan):
-    """[B,S,K,H] → [blocks, B, K, block, H]."""
+def _key_tiles(x, plan: _Plan) -> Tiles:
+    """[B,S,K,H] → blocks of [B, K, block, H]."""
     batch, keys, kv_heads, dim = x.shape
-    blocks = -(-keys // plan.block_k)
-    x = jnp.pad(x, ((0, 0), (0, blocks * plan.block_k - keys), (0, 0), (0, 0)))
-    return x.reshape(batch, blocks, plan.block_k, kv_heads, dim).transpose(1, 0, 3, 2, 4)
+    x = jnp.pad(x, ((0, 0), (0, plan.blocks_k * plan.block_k - keys), (0, 0), (0, 0)))
+    return _cut(x.reshape(batch, -1, plan.block_k, kv_heads, dim), (0, 2, 1, 3), plan)
 
 
-def _merge(x, shape, plan: _Plan):
+def _cut(x, order: tuple[int, ...], plan: _Plan) -> Tiles:
+    """Blocks along axis 1, each transposed to `order`; what then lies between first two axes and last is one."""
+
+    def tile(block):
+        block = block.transpose(order)
+        return block.reshape(*block.shape[:2], -1, block.shape[-1])
+
+    if plan.written_out:  # Cut first: each block is then copied once, not with all and by itself.
+        return [tile(x[:, i]) for i in range(x.shape[1])]
+    return jax.vmap(tile, in_axes=1)(x)
+
+
+def _merge(tiles: Tiles, shape, plan: _Plan):
     """The inverse of `_query_tiles`."""
-    blocks, batch, kv_heads, _, dim = x.shape
-    x = x.reshape(blocks, batch, kv_heads, -1, plan.block_q, dim).transpose(1, 0, 4, 2, 3, 5)
-    return x.reshape(batch, blocks * plan.block_q, shape[2], dim)[:, : shape[1]]
+    batch, queries, heads, dim = shape
+
+    def block(x):
+        x = x.reshape(batch, x.shape[1], -1, plan.block_q, dim).transpose(0, 3, 1, 2, 4)
+        return x.reshape(batch, plan.block_q, heads, dim)
+
+    return _joined(tiles, block)[:, :queries]
 
 
-def _merge_keys(x, shape):
+def _merge_keys(tiles: Tiles, shape):
     """The inverse of `_key_tiles`."""
-    return x.transpose(1, 0, 3, 2, 4).reshape(shape[0], -1, *shape[2:])[:, : shape[1]]
+    return _joined(tiles, lambda x: x.transpose(0, 2, 1, 3))[:, : shape[1]]
+
+
+def _joined(tiles: Tiles, block: Callable[[Array], Array]) -> Array:
+    """`block` of every tile, [B, n, …], side by side along n."""
+    if isinstance(tiles, list):
+        return jnp.concatenate([block(x) for x in tiles], axis=1)
+    blocks = jax.vmap(block, out_axes=1)(tiles)
+    return blocks.reshape(blocks.shape[0], -1, *blocks.shape[3:])
+
+
+def _transposed(tiles: Tiles) -> Tiles:
+    return jax.tree.map(lambda x: jnp.swapaxes(x, -1, -2), tiles)
