@@ -6,13 +6,15 @@ Prints a card (parameters, bytes, FLOPs per token, compile time) and, per window
 device's datasheet peak (where there is one) and memory. The context is given, so encoders are not timed.
 
 --against=torch runs the same model in PyTorch (`torch_reference/point_transformer.py`: same sizes, dtype and weights,
-torch.compile, scaled_dot_product_attention, fused AdamW) in the same process, A B A B, medians; the losses are checked
-to be equal first. --sweep tables the rematerialisation policies with layers scanned and unrolled.
+torch.compile, scaled_dot_product_attention, fused AdamW) in the same process, in turns of half a second, A B A B,
+medians; the losses are checked to be equal first. --sweep tables the rematerialisation policies with layers scanned and
+unrolled.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import resource
 import time
 from collections.abc import Callable
@@ -38,13 +40,14 @@ from pointillist_jax.sharding import make_mesh
 CONFIG = define_config("model", "train")
 WINDOWS = flags.DEFINE_list("windows", [], "Window lengths, multiples of 4; the preset's if not given.")
 BATCH = flags.DEFINE_integer("batch", 1, "Windows per step.", lower_bound=1)
-ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed steps of each contestant; medians are reported.", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed turns of each contestant; medians are reported.", lower_bound=1)
 AGAINST = flags.DEFINE_enum("against", None, ["torch"], "Also time an equivalent torch step in the same run.")
 SWEEP = flags.DEFINE_boolean("sweep", False, "Also table remat none|dots|attention|full × layers scanned|unrolled.")
 MESH = flags.DEFINE_string("mesh", "", "Sizes of data, fsdp, tensor, context; data takes what is left.")
 SEED = flags.DEFINE_integer("seed", 0, "Of parameters and tokens.", lower_bound=0)
 
 MEBI = 2**20
+TURN_SECONDS = 0.5
 
 
 @dataclasses.dataclass
@@ -111,9 +114,7 @@ def measure(model: ModelConfig, train: TrainConfig, context: int, device: jax.De
                 "comparison would mean nothing. Please report it."
             )
         cases["torch"], compile_s["torch"] = twin.step, twin.compile_s
-    bar = tqdm(total=(ROUNDS.value + 2) * len(cases), desc=f"window {model.window}", unit="step")
-    seconds = alternate_clocks({name: _counted(case, bar) for name, case in cases.items()}, ROUNDS.value)
-    bar.close()
+    seconds = timed(cases, f"window {model.window}")
 
     tokens, peak = BATCH.value * model.window_tokens, device_peak(device.device_kind)
     flops = BATCH.value * training_flops(transformer_flops(model, context))
@@ -145,6 +146,31 @@ def measure(model: ModelConfig, train: TrainConfig, context: int, device: jax.De
     return row
 
 
+def timed(cases: dict[str, Callable[[], Any]], label: str) -> dict[str, Seconds]:
+    """Of one step of each contestant, in turns of half a second: as in training, a step follows its own kind.
+
+    Timed singly after another contestant's, a step would find the caches full of the other's arrays and the cores busy
+    with the other's threads, which spin for some milliseconds before they sleep (OpenMP's do).
+    """
+    slowest = 0.0
+    for case in cases.values():
+        case()
+        start = time.perf_counter()
+        case()
+        slowest = max(slowest, time.perf_counter() - start)
+    steps = max(round(TURN_SECONDS / slowest), 1)
+    with tqdm(total=(ROUNDS.value + 1) * len(cases) * steps, desc=label, unit="step") as bar:
+
+        def turn(case: Callable[[], Any]) -> None:
+            for _ in range(steps):
+                case()
+                bar.update()
+
+        turns = {name: functools.partial(turn, case) for name, case in cases.items()}
+        found = alternate_clocks(turns, ROUNDS.value, warmup=1)
+    return {name: Seconds(spent.wall / steps, spent.cpu / steps) for name, spent in found.items()}
+
+
 def sweep(model: ModelConfig, train: TrainConfig, context: int) -> list[dict[str, Any]]:
     """Every rematerialisation policy with layers scanned and unrolled: compile time, step time, memory."""
     rows = []
@@ -156,7 +182,7 @@ def sweep(model: ModelConfig, train: TrainConfig, context: int) -> list[dict[str
             row: dict[str, Any] = {"remat": remat, "layers": "scanned" if scan else "unrolled"}
             try:
                 program = jax_program(changed, train, context)
-                spent = alternate_clocks({"jax": program.step}, ROUNDS.value)["jax"]
+                spent = timed({"jax": program.step}, f"{remat}, {row['layers']}")["jax"]
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
@@ -244,14 +270,6 @@ def _figures(spent: Seconds, tokens: int, rate: float, compile_s: float) -> dict
         "gflops": round(rate / 1e9, 2),
         "compile_s": round(compile_s, 1),
     }
-
-
-def _counted(case: Callable[[], Any], bar: tqdm) -> Callable[[], None]:
-    def counted() -> None:
-        case()
-        bar.update()
-
-    return counted
 
 
 def _window(text: str) -> int:
