@@ -213,6 +213,8 @@ def _gradients(loss_fn: LossFn, params, batch: Batch, key, parts: int):
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         add = lambda total, part: (jax.tree.map(jnp.add, total, one(*part)), None)  # noqa: E731
         (total, weight, extra), _ = jax.lax.scan(add, zeros, (split, keys))
-    loss, grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-9).astype(x.dtype), total)
+    # Times the inverse: XLA's CPU compiler writes quotients of whole gradients to memory, products it fuses.
+    inverse = 1 / jnp.maximum(weight, 1e-9)
+    loss, grads = jax.tree.map(lambda x: x * inverse.astype(x.dtype), total)
     means = {name: value / jnp.maximum(count, 1e-9) for name, (value, count) in extra.items()}
     return loss, grads, means
