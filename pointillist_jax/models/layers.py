@@ -245,7 +245,8 @@ def _products_apart(x, weights):
 
 
 def _products_apart_forward(x, weights):
-    return _products_apart(x, weights), (x, weights)
+    # Written out: of a call to the function above, remat policies could not see the products that they are to save.
+    return tuple(x @ w for w in weights), (x, weights)
 
 
 def _products_apart_backward(residuals, y_bars):

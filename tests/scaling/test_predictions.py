@@ -50,6 +50,16 @@ def test_what_a_mesh_divides():
     assert residual_bytes(MODEL, 2) < 2 * residual_bytes(MODEL, 1)
 
 
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
+def test_a_mesh_changes_nothing_about_what_is_kept(remat):
+    # With `tensor` the products of a layer are made another way, and "dots" once saved none of them.
+    model = dataclasses.replace(MODEL, remat=remat, scan_layers=True)
+    with jax.sharding.use_abstract_mesh(abstract_mesh({"data": 8})):
+        expected = residual_bytes(model, 8)
+    with jax.sharding.use_abstract_mesh(abstract_mesh({"data": 4, "tensor": 2})):
+        assert residual_bytes(model, 8) == pytest.approx(expected, rel=0.01)
+
+
 def test_factors_are_found_again(rng):
     memories = [Memory(0, 0, *map(int, rng.integers(1 << 20, 1 << 30, 4))) for _ in range(9)]
     truth = {"kept": 1.5, "gradients": 0.0, "whole": 2.0, "table": 0.25}
