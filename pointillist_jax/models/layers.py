@@ -226,7 +226,7 @@ def products(x: Float[Array, "*b I"], *weights: Array) -> list[Array]:
     two ways round differently, and a row's result is not to depend on its neighbours.)
     """
     mesh, few = jax.sharding.get_abstract_mesh(), x.ndim < 3 or x.shape[-2] < x.shape[-1]
-    flat = [w.reshape(w.shape[0], -1) for w in weights]
+    flat = tuple(w.reshape(w.shape[0], -1) for w in weights)
     if not mesh.empty and mesh.shape["tensor"] > 1 and len({w.shape for w in flat}) == 1:
         parts = _products_apart(x, flat)
     elif mesh.size > 1 or few:

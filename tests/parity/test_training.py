@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 
@@ -12,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from pointillist_jax.configs import EncoderConfig, TrainConfig
+from pointillist_jax.configs import EncoderConfig, TrainConfig, preset
 from pointillist_jax.models.gaussian_decoder import param_specs
 from pointillist_jax.models.layers import init_params
 from pointillist_jax.training import ar, decoder
@@ -23,6 +24,7 @@ from tests.parity.heads import params_of, random_head
 from tests.renderer_bridge.scenes import cameras
 
 torch = pytest.importorskip("torch")
+from experiments.torch_parity import stage_two  # noqa: E402
 from experiments.torch_reference import condition, flame, training  # noqa: E402
 from experiments.torch_reference.gaussian_decoder import GaussianDecoder  # noqa: E402
 from experiments.torch_reference.layers import RMSNorm, load_arrays  # noqa: E402
@@ -222,6 +224,35 @@ def test_stage_two(rng):
     loss_fn = decoder.make_loss(config, {"head": head}, 20, 18, capacity=2048, backend="jax")
     step = lambda optimizer, batch: training.stage_two_step(model, optimizer, batch)  # noqa: E731
     assert_same_steps(params, decoder_twin, step, loss_fn, settings, batches)
+
+
+@pytest.mark.slow
+def test_stage_two_parts_from_itself_where_it_takes_large_steps(rng):
+    """Why `compare_torch` takes few steps of stage two: thresholds of the rasteriser switch pixels on and off.
+
+    Torch against itself, weights moved by one rounding in float64.
+    """
+    config = dataclasses.replace(preset("tiny").decoder, dtype="float64", lambda_lpips=0.0)
+    scenes = [stage_two.make_scene(rng, config, 64, np.float64) for _ in range(32)]
+    first = GaussianDecoder(config).double()
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.add_(0.05 * to_torch(rng.normal(size=parameter.shape)))
+    apart = {}
+    for rate in (2e-3, 1e-4):
+        curves = []
+        for ulps in (0, 1):
+            twin = copy.deepcopy(first)
+            with torch.no_grad():
+                for parameter in twin.parameters():
+                    parameter.mul_(1 + ulps * 2.0**-52 * to_torch(rng.choice([-1.0, 1.0], parameter.shape)))
+            model = training.StageTwo(twin, flame.make_head(vars(scenes[0].head)))
+            optimizer = training.Optimizer(twin, dataclasses.replace(config.train, learning_rate=rate))
+            curves.append([float(training.stage_two_step(model, optimizer, to_torch(s.batch)).loss) for s in scenes])
+        apart[rate] = np.abs(np.divide(*curves) - 1)
+    assert apart[2e-3][:10].max() < 1e-13
+    assert apart[2e-3].max() > 1e-7
+    assert apart[1e-4].max() < 1e-13
 
 
 def test_a_step_that_is_not_finite_changes_nothing(rng):
