@@ -29,6 +29,17 @@ def x64():
         yield
 
 
+@pytest.fixture
+def one_torch_thread():
+    """For thousands of small operations, for which torch's thread pool only costs time."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def flame_pickle(tmp_path_factory):
     """A random head in FLAME's layout, as a `.pkl`."""

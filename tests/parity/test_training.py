@@ -227,13 +227,14 @@ def test_stage_two(rng):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_torch_thread")
 def test_stage_two_parts_from_itself_where_it_takes_large_steps(rng):
     """Why `compare_torch` takes few steps of stage two: thresholds of the rasteriser switch pixels on and off.
 
     Torch against itself, weights moved by one rounding in float64.
     """
     config = dataclasses.replace(preset("tiny").decoder, dtype="float64", lambda_lpips=0.0)
-    scenes = [stage_two.make_scene(rng, config, 64, np.float64) for _ in range(32)]
+    scenes = [stage_two.make_scene(rng, config, 32, np.float64) for _ in range(30)]
     first = GaussianDecoder(config).double()
     with torch.no_grad():
         for parameter in first.parameters():
@@ -251,7 +252,7 @@ def test_stage_two_parts_from_itself_where_it_takes_large_steps(rng):
             curves.append([float(training.stage_two_step(model, optimizer, to_torch(s.batch)).loss) for s in scenes])
         apart[rate] = np.abs(np.divide(*curves) - 1)
     assert apart[2e-3][:10].max() < 1e-13
-    assert apart[2e-3].max() > 1e-7
+    assert apart[2e-3].max() > 1e-10
     assert apart[1e-4].max() < 1e-13
 
 
