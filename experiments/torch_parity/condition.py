@@ -107,13 +107,12 @@ def condition_features(params, config: ModelConfig, head: FlameModel, given, twi
         still = FlameParams(**flame).replace(
             rotation=jnp.zeros_like(flame["rotation"]), translation=jnp.zeros_like(flame["translation"])
         )
-        return head_points(head, flame_vertices(head, still), encoder.num_points)
+        vertices = flame_vertices(head, still)
+        return vertices, head_points(head, vertices, encoder.num_points)
 
-    cloud, other = cloud_of(given["flame"]), torch_flame.make_head(vars(head))
-    still = tensors(given["flame"])
-    still |= {name: torch.zeros_like(still[name]) for name in ("rotation", "translation")}
-    places = torch_flame.surface_points(other, encoder.num_points)
-    found = torch_flame.head_points(other, torch_flame.vertices(other, still), places)
+    (vertices, cloud), other = cloud_of(given["flame"]), torch_flame.make_head(vars(head))
+    # On the same mesh: edges are small differences of its vertices, and normals hundreds of their roundings.
+    found = torch_flame.head_points(other, tensors(vertices), torch_flame.surface_points(other, encoder.num_points))
     row("condition.head_points", cloud, found)
     points = jax.jit(condition.point_encoder(encoder, dtype).apply)({"params": params["point_encoder"]}, cloud)
     row("condition.point_encoder", points, twin.point_encoder(tensors(cloud)))

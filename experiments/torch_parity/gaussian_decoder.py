@@ -20,8 +20,8 @@ import torch
 
 from experiments.torch_parity.rows import Row, compare
 from experiments.torch_parity.taps import run_with, tensors
+from experiments.torch_reference import gaussian_decoder as torch_decoder
 from experiments.torch_reference.gaussian_decoder import GaussianDecoder
-from experiments.torch_reference.gaussian_decoder import positional_encoding as torch_encoding
 from pointillist_jax.configs import PATCH_COLORS, DecoderConfig
 from pointillist_jax.convert.reference import decoder_to_torch
 from pointillist_jax.models import gaussian_decoder as jax_decoder
@@ -60,8 +60,11 @@ def block_rows(
 
     states = [_trunk(*_shortened(params, config, n), inputs) for n in range(config.layers + 1)]
     if config.uses_positions:
-        encoded = jax_decoder.positional_encoding(config, jnp.asarray(inputs["points"]))
-        row("positional_encoding", encoded, torch_encoding(config, given["points"]))
+        inside = jax_decoder.box_coordinates(config, jnp.asarray(inputs["points"]))
+        row("box_coordinates", inside, torch_decoder.box_coordinates(config, given["points"]))
+        # Of the same coordinates: the highest octave makes 400 roundings of one.
+        encoded = jax_decoder.encode_octaves(inside, config.octaves)
+        row("positional_encoding", encoded, torch_decoder.encode_octaves(tensors(inside), config.octaves))
         encoded = encoded.astype(config.dtype)
         found = run_with(twin, forward, {"position_mlp": tensors(encoded)})
         row("position_mlp", jax_decoder._mlp(params["position_mlp"], encoded), found["position_mlp"])

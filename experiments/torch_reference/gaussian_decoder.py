@@ -185,9 +185,16 @@ class GaussianDecoder(nn.Module):
 
 def positional_encoding(config: DecoderConfig, points: Tensor) -> Tensor:
     """NeRF's, [..., 3 + 6 octaves]: u, sin and cos of π 2^k u, axis by axis, for u in [-1, 1] over the box."""
+    return encode_octaves(box_coordinates(config, points), config.octaves)
+
+
+def box_coordinates(config: DecoderConfig, points: Tensor) -> Tensor:
     points = points.to(wide(points.dtype))
     lower, upper = (torch.tensor(x, dtype=points.dtype, device=points.device) for x in (config.lower, config.upper))
-    u = (2 * points - lower - upper) / (upper - lower)
-    octaves = 2.0 ** torch.arange(config.octaves, dtype=points.dtype, device=points.device)
-    phases = (math.pi * u[..., None] * octaves).flatten(-2)
+    return (2 * points - lower - upper) / (upper - lower)
+
+
+def encode_octaves(u: Tensor, octaves: int) -> Tensor:
+    powers = 2.0 ** torch.arange(octaves, dtype=u.dtype, device=u.device)
+    phases = (math.pi * u[..., None] * powers).flatten(-2)
     return torch.cat([u, phases.sin(), phases.cos()], dim=-1)

@@ -182,10 +182,18 @@ def rigged(decoded: Decoded, rig: PointRig) -> Avatar:
 
 def positional_encoding(config: DecoderConfig, points: Float[Array, "*b 3"]) -> Float[Array, "*b X"]:
     """NeRF's: u, sin and cos of π 2^k u, for u in [-1, 1] over the box (X = 3 + 6 octaves)."""
+    return encode_octaves(box_coordinates(config, points), config.octaves)
+
+
+def box_coordinates(config: DecoderConfig, points: Float[Array, "*b 3"]) -> Float[Array, "*b 3"]:
+    """Points of the box → [-1, 1], in float32 at least."""
     wide = jnp.promote_types(points.dtype, jnp.float32)
     lower, upper = (jnp.asarray(x, wide) for x in (config.lower, config.upper))
-    u = (2 * points - lower - upper) / (upper - lower)
-    angles = jnp.pi * u[..., None] * 2.0 ** jnp.arange(config.octaves, dtype=wide)
+    return (2 * points - lower - upper) / (upper - lower)
+
+
+def encode_octaves(u: Float[Array, "*b 3"], octaves: int) -> Float[Array, "*b X"]:
+    angles = jnp.pi * u[..., None] * 2.0 ** jnp.arange(octaves, dtype=u.dtype)
     angles = angles.reshape(*u.shape[:-1], -1)
     return jnp.concatenate([u, jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
