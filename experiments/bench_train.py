@@ -159,7 +159,7 @@ def timed(cases: dict[str, Callable[[], Any]], label: str) -> dict[str, Seconds]
         case()
         slowest = max(slowest, time.perf_counter() - start)
     steps = max(round(TURN_SECONDS / slowest), 1)
-    with tqdm(total=(ROUNDS.value + 1) * len(cases) * steps, desc=label, unit="step") as bar:
+    with tqdm(total=(ROUNDS.value + 1) * len(cases) * steps, desc=label, unit="step", leave=False) as bar:
 
         def turn(case: Callable[[], Any]) -> None:
             for _ in range(steps):

@@ -171,7 +171,7 @@ def keep_freed_memory() -> None:
     """
     m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8  # malloc.h
     try:
-        libc = ctypes.CDLL(None, use_errno=True)
+        libc = ctypes.CDLL(None)
         mallopt, malloc, free, madvise = libc.mallopt, libc.malloc, libc.free, libc.madvise
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         huge_pages = mmap.MADV_HUGEPAGE
@@ -180,15 +180,12 @@ def keep_freed_memory() -> None:
     for parameter, value in ((m_arena_max, 1), (m_mmap_threshold, -1), (m_trim_threshold, -1)):  # -1: never.
         mallopt(parameter, value)
     # Room for what is to come, taken and freed untouched: the heap then has these addresses, and the kernel backs what
-    # is used of them by pages of 2 MiB. What lies beyond, or a kernel without such pages, works as ever. In blocks
-    # below the threshold, which are of the heap.
+    # is used of them by pages of 2 MiB. What lies beyond, or a kernel without such pages, works as ever.
     malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    size, page = 2**30, 2**21
-    blocks = [start for _ in range(physical // 2 // size) if (start := malloc(size))]
-    for start in blocks:
-        madvise(start + -start % page, size - page, huge_pages)
-    for start in blocks:
+    room, page = physical // 2, 2**21
+    if start := malloc(room):
+        madvise(start + -start % page, room - page, huge_pages)
         free(start)
 
 

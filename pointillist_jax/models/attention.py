@@ -293,9 +293,9 @@ def _chunked_forward(q, k, v, kv_lengths, plan: _Plan):
     start = [plan.filled(x, plan.blocks_q, (*rows, n), q, dtype) for x, n in ((0, head_dim), (_LOWEST, 1), (0, 1))]
     out, top, total = plan.scan(tile, tuple(start), padded=kv_lengths is not None)
     total = jax.tree.map(lambda x: jnp.where(x > 0, x, 1), total)  # No key at all: zeros, and no NaN in the gradient.
-    out = _merge(jax.tree.map(jnp.divide, out, total), q.shape, plan).astype(q.dtype)
     lse = jax.tree.map(lambda top, total: checkpoint_name(top * scale + jnp.log(total), LSE_NAME), top, total)
-    out = checkpoint_name(out, OUTPUT_NAME)
+    out = _merge(jax.tree.map(jnp.divide, out, total), q.shape, plan)
+    out = checkpoint_name(out.astype(q.dtype), OUTPUT_NAME)
     return out, (q_tiles, k_tiles, v_tiles, kv_lengths, out, lse)
 
 

@@ -100,6 +100,18 @@ def cast(params: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
 
 
+def weighted_sum(terms: Array, weights: Array, axes: tuple[int, ...]) -> Array:
+    """Σ terms · weights over `axes`, which are all that `weights` has; on CPU as a product, which it adds up faster."""
+    if jax.default_backend() == "cpu":
+        # The weights on the left where they lie along the first axes: otherwise the terms would be transposed.
+        weights, own = weights.astype(terms.dtype), tuple(range(weights.ndim))
+        if 0 in axes:
+            return jax.lax.dot_general(weights, terms, ((own, axes), ((), ())))
+        return jax.lax.dot_general(terms, weights, ((axes, own), ((), ())))
+    others = [axis for axis in range(terms.ndim) if axis not in axes]
+    return jnp.sum(terms * jnp.expand_dims(weights, others), axes)
+
+
 def rms_norm(x: Float[Array, "*b D"], scale: Float[Array, "D"], eps: float = 1e-6) -> Float[Array, "*b D"]:
     """x / rms(x) · scale, computed in float32 (float64 for float64) and returned in the dtype of x."""
     return _rms_norm(x, scale, eps)
@@ -128,18 +140,6 @@ def _rms_norm_backward(eps, residuals, y_bar):
     mean = weighted_sum(terms, scale, (x.ndim - 1,))[..., None] / x.shape[-1]
     x_bar = inverse * (y_bar * scale - x * (inverse * inverse * mean))
     return x_bar.astype(x.dtype), scale_bar.astype(scale.dtype)
-
-
-def weighted_sum(terms: Array, weights: Array, axes: tuple[int, ...]) -> Array:
-    """Σ terms · weights over `axes`, which are all that `weights` has; on CPU as a product, which it adds up faster."""
-    if jax.default_backend() == "cpu":
-        # The weights on the left where they lie along the first axes: otherwise the terms would be transposed.
-        weights, own = weights.astype(terms.dtype), tuple(range(weights.ndim))
-        if 0 in axes:
-            return jax.lax.dot_general(weights, terms, ((own, axes), ((), ())))
-        return jax.lax.dot_general(terms, weights, ((axes, own), ((), ())))
-    others = [axis for axis in range(terms.ndim) if axis not in axes]
-    return jnp.sum(terms * jnp.expand_dims(weights, others), axes)
 
 
 _rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)

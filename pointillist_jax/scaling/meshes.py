@@ -29,9 +29,9 @@ def meshes_of(count: int, config: Config, stage: str, given: str = "") -> list[s
 
 
 def takes(mesh: str, count: int) -> bool:
-    """Whether a mesh of --meshes is one of so many devices."""
+    """Whether a mesh in words (`sharding.mesh_sizes`) is one of so many devices. Raises UserError for what is none."""
     named = math.prod(map(int, re.findall(r":(\d{1,6})", mesh)))
-    mesh_sizes(mesh, named)  # Raises for what is no mesh.
+    mesh_sizes(mesh, named)
     return named == count or ("data" not in mesh and count % named == 0)
 
 
