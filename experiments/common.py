@@ -128,10 +128,14 @@ def sentence_of(error: Exception) -> str | None:
 def _unraisable(found: sys.UnraisableHookArgs) -> None:
     """Errors in destructors and in callbacks of compiled code, which Python can only print."""
     if found.exc_type is KeyboardInterrupt:  # Ctrl-C must not be lost there: once more, at another place.
-        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        _send_again(signal.SIGINT)
     # TensorStore reports every write that ends after a save has failed.
     elif not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
         sys.__unraisablehook__(found)
+
+
+def _send_again(number: signal.Signals) -> None:
+    threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
 
 
 def _of_xla(error: Exception) -> bool:
@@ -241,10 +245,10 @@ def manager() -> Iterator[SyncManager]:
 
 
 def _work(function: Callable[..., Any], *args: Any) -> Any:
-    try:
+    with contextlib.suppress(_Stopped):
         return function(*args)
-    except _Stopped:
-        os._exit(0)  # The pool would go on with the next call.
+    # What the call still held has been let go of and cleaned up. The pool would go on with the next call.
+    os._exit(0)
 
 
 class _Stopped(SystemExit):
@@ -253,8 +257,18 @@ class _Stopped(SystemExit):
 
 def _begin_worker() -> None:
     def stop(number: int, frame: Any) -> None:
+        # The pool sends a second one as soon as another worker has ended: it must not disturb cleaning up.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise _Stopped
 
+    def unraisable(found: sys.UnraisableHookArgs) -> None:
+        if found.exc_type is _Stopped:  # As of Ctrl-C, in `_unraisable`.
+            signal.signal(signal.SIGTERM, stop)
+            _send_again(signal.SIGTERM)
+        else:
+            sys.__unraisablehook__(found)
+
+    sys.unraisablehook = unraisable
     signal.signal(signal.SIGTERM, stop)
     end_with_parent()
 

@@ -68,11 +68,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     path, temporary = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.tmp-", suffix=path.suffix)
-        temporary = Path(name)
-        os.close(handle)
+        # Named before it exists: an exception that a signal raises at any moment finds it below.
+        temporary = path.with_name(f".{path.stem}.tmp-{_at_random()}{path.suffix}")
+        temporary.touch(exist_ok=False)
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes 0600 files; outputs follow the user's umask instead.
         os.replace(temporary, path)
     except OSError as error:
         _name(error, path, path.stem)
@@ -113,10 +112,10 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     path, new = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
+        new = path.with_name(f".{path.name}.tmp-{_at_random()}")
         old = new.with_name(new.name + "-old")
+        new.mkdir()
         yield new
-        new.chmod(0o777 & ~_umask())
         if path.exists():
             os.replace(path, old)
         try:
@@ -296,11 +295,8 @@ def read_npz(
     return arrays
 
 
-def _umask() -> int:
-    # It can only be read by setting it; the strictest value in between exposes nothing other threads write meanwhile.
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return umask
+def _at_random() -> str:
+    return os.urandom(8).hex()
 
 
 def _read_member(archive, info: zipfile.ZipInfo, source: str, key: str, spec: ArraySpec, letters) -> np.ndarray:

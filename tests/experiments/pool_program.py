@@ -1,13 +1,44 @@
-"""A pool as the scripts have it; prints its worker's process id and waits to be killed."""
+"""A pool as the scripts have it. Alone it prints its worker's process id and waits to be killed; with a folder and a
+number of seconds two workers write a file each there, which takes that long to clean up, and the pool is left."""
 
 from __future__ import annotations
 
 import os
+import sys
 import time
+from pathlib import Path
 
 from experiments.common import submit, worker_pool
 
+
+class Slow:
+    def __del__(self):
+        time.sleep(600)
+
+
+def write(path: Path, seconds: float) -> None:
+    path.touch()
+    try:
+        Slow()  # What a signal raises is lost in a destructor.
+        time.sleep(600)
+    finally:
+        time.sleep(seconds)
+        path.unlink()
+
+
+def main() -> None:
+    if len(sys.argv) == 1:
+        with worker_pool(1) as pool:
+            print(submit(pool, os.getpid).result(), flush=True)
+            submit(pool, time.sleep, 600).result()
+    folder = Path(sys.argv[1])
+    with worker_pool(2) as pool:
+        for i in range(2):
+            submit(pool, write, folder / str(i), i * float(sys.argv[2]))
+        while len(list(folder.iterdir())) < 2:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    with worker_pool(1) as pool:
-        print(submit(pool, os.getpid).result(), flush=True)
-        submit(pool, time.sleep, 600).result()
+    main()

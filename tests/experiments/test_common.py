@@ -45,6 +45,16 @@ def test_workers_die_with_a_killed_parent():
     raise AssertionError("the worker went on after its parent was killed")
 
 
+def test_workers_clean_up_undisturbed_by_each_others_end(tmp_path):
+    """The pool sends SIGTERM to all of them when the first has ended: here the second is not done then."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.experiments.pool_program", str(tmp_path), "2"],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=120,
+    )  # fmt: skip
+    assert ended.stderr.splitlines()[-1] == "KeyboardInterrupt"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_reader_that_goes_is_no_error():
     """As `… | head -1` does."""
     program = "from experiments.common import run\nrun(lambda: [print('line', i) for i in range(10**6)])"
