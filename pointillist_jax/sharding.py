@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -139,7 +139,16 @@ def parts_of(size: int, names: str | tuple[str, ...] | None) -> int:
 
 
 def _mesh_axes(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return tuple(axis for name in _as_tuple(names) for axis in _as_tuple(dict(RULES)[name]))
+    # Inside a `shard_map` arrays are cut along its axes already.
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    axes = (axis for name in _as_tuple(names) for axis in _as_tuple(dict(RULES)[name]))
+    return tuple(axis for axis in axes if axis not in manual)
+
+
+def map_shards(function: Callable, in_specs: Any, out_specs: Any, axes: Sequence[str] = AXES) -> Callable:
+    """`jax.shard_map` over those of these axes of the mesh in use over which nothing is mapped yet."""
+    mapped = set(axes) - set(jax.sharding.get_abstract_mesh().manual_axes)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=mapped)
 
 
 def batch_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:

@@ -8,6 +8,7 @@ Letters: B batch, T queries, S keys, N heads, K kv heads, R = N / K query heads 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from pointillist_jax.files import UserError
 from pointillist_jax.models.layers import weighted_sum
-from pointillist_jax.sharding import constrain, logical_spec, parts_of
+from pointillist_jax.sharding import constrain, logical_spec, map_shards, parts_of
 from renderer_bridge.varying import axes_of, vary
 
 IMPLEMENTATIONS = ("auto", "cudnn", "chunked", "xla")
@@ -29,8 +30,8 @@ OUTPUT_NAME, LSE_NAME = "attention_output", "attention_lse"
 # Finite: exp(-inf - (-inf)) would be NaN. The running maximum starts between the two, so that the weight of what is
 # masked, exp(_MASKED - maximum), is 0 also in a row that has seen no key yet.
 _MASKED, _LOWEST = -1e30, -5e29
-# As many tiles are written out rather than looped over, which spares slices, copies and writes into larger arrays.
-_WRITTEN_OUT = 4
+# Sequences of up to so many tiles are attended in strips of whole rows instead.
+_IN_STRIPS = 4
 
 
 def attention(
@@ -54,7 +55,7 @@ def attention(
       implementation: "cudnn" (bf16 or f16 on a CUDA device), "chunked", "xla", or "auto": cudnn where it can run,
         else chunked.
       block_size: rows and columns of a tile of `chunked`: large enough to keep several CPU cores busy, small enough
-        for their caches (measured in experiments/LOG.md).
+        for their caches (measured in experiments/LOG.md). Short sequences have rows of half of it, and all columns.
 
     Raises:
       UserError: shapes that do not fit, an unknown implementation.
@@ -79,7 +80,7 @@ def attention(
             )
         if implementation == "xla":
             return _dense(q, k, v, causal, window, kv_lengths)
-        return _chunked(q, k, v, kv_lengths, _Plan.make(q.shape[1], k.shape[1], causal, window, block_size))
+        return _chunked(q, k, v, kv_lengths, causal, window, block_size)
 
 
 def parallel_attention(
@@ -112,7 +113,7 @@ def parallel_attention(
     queries = logical_spec(q.shape, "batch", "length", "heads", None)
     keys = queries if causal else logical_spec(k.shape, "batch", None, "heads", None)
     in_specs = queries, keys, keys, None if lengths is None else logical_spec(lengths.shape, "batch")
-    return jax.shard_map(local, in_specs=in_specs, out_specs=queries)(q, k, v, lengths)
+    return map_shards(local, in_specs, queries)(q, k, v, lengths)
 
 
 def cached_attention(
@@ -167,11 +168,174 @@ def _dense(q, k, v, causal, window, kv_lengths):
     return out.reshape(q.shape).astype(q.dtype)
 
 
-# Blocks of a sequence: stacked on a first axis, or, where tiles are few, a list of them.
-Tiles = Array | list[Array]
+def _chunked(q, k, v, kv_lengths, causal: bool, window: int | None, block_size: int):
+    strips = _Strips.make(q.shape[1], k.shape[1], causal, window, block_size)
+    if strips is not None:
+        return _in_strips(q, k, v, kv_lengths, strips)
+    return _in_tiles(q, k, v, kv_lengths, _Tiles.make(q.shape[1], k.shape[1], causal, window, block_size))
 
 
-class _Plan(NamedTuple):
+def _even_block(length: int, block_size: int) -> int:
+    """About `block_size`, chosen so that padding the length to whole blocks wastes little."""
+    number = max(round(length / block_size), 1)
+    if number == 1:
+        return length
+    return -(-length // (8 * number)) * 8
+
+
+def _blocks(queries: int, keys: int, block_size: int) -> tuple[int, int]:
+    """Rows and columns of a tile."""
+    block_k = _even_block(keys, block_size)
+    # Few keys (a condition): as many more queries.
+    return _even_block(queries, block_size * max(block_size // block_k, 1)), block_k
+
+
+def _mask(t: Array, s: Array, plan: _Strips | _Tiles, per_kv_head: int, kv_lengths) -> Array:
+    """[B or 1, 1, R·T, S]: which of the keys `s` the queries `t` (positions) see."""
+    t = jnp.tile(t, per_kv_head)[:, None]
+    if kv_lengths is None:
+        mask = (s < plan.keys)[None, None, None]
+    else:
+        mask = (s < jnp.minimum(kv_lengths, plan.keys)[:, None])[:, None, None]
+    if plan.causal:
+        mask = mask & (s <= t)
+    if plan.window is not None:
+        mask = mask & (s > t - plan.window)
+    return mask
+
+
+def _rows(x: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K RT H"]:
+    """Queries by the kv head they read."""
+    batch, length, heads, dim = x.shape
+    x = x.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
+    return x.reshape(batch, kv_heads, -1, dim)
+
+
+def _unrows(x: Float[Array, "B K RT H"], heads: int) -> Float[Array, "B T N H"]:
+    """The inverse of `_rows`."""
+    batch, kv_heads, _, dim = x.shape
+    x = x.reshape(batch, kv_heads, heads // kv_heads, -1, dim).transpose(0, 3, 1, 2, 4)
+    return x.reshape(batch, -1, heads, dim)
+
+
+def _by_head(x):
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _transposed(x):
+    return jnp.swapaxes(x, -1, -2)
+
+
+def _row_products(out_bar, out, dtype):
+    """[B,T,N,1] Σ_h of the product: what every weight's gradient is reduced by."""
+    ones = jnp.ones(out.shape[3], dtype)
+    return weighted_sum(out_bar.astype(dtype) * out.astype(dtype), ones, (3,))[..., None]
+
+
+class _Strips(NamedTuple):
+    """Blocks of queries, each with all keys that any of them sees; static.
+
+    `strips`: (first query, end, first key, end).
+    """
+
+    keys: int
+    causal: bool
+    window: int | None
+    strips: tuple[tuple[int, int, int, int], ...]
+
+    @classmethod
+    @functools.cache
+    def make(cls, queries: int, keys: int, causal: bool, window: int | None, block_size: int) -> _Strips | None:
+        """None for sequences that are too long for it."""
+        rows, columns = _blocks(queries, keys, block_size)
+        if -(-queries // rows) * -(-keys // columns) > _IN_STRIPS:
+            return None
+        if causal:  # Half as many rows: what lies right of the diagonal is half as much.
+            rows = _even_block(queries, max(block_size // 2, 1))
+        strips = []
+        for first in range(0, queries, rows):
+            end = min(first + rows, queries)
+            first_key = 0 if window is None else max(first - window + 1, 0)
+            strips.append((first, end, first_key, end if causal else keys))
+        return cls(keys, causal, window, tuple(strips))
+
+    def masked(self, scores, strip: tuple[int, int, int, int], per_kv_head: int, kv_lengths, transposed: bool = False):
+        """Scores [B, K, R·T, S] (`transposed`: [B, K, S, R·T]) without those of keys that a query does not see."""
+        if not self.causal and kv_lengths is None:
+            return scores
+        first, end, first_key, end_key = strip
+        mask = _mask(jnp.arange(first, end), jnp.arange(first_key, end_key), self, per_kv_head, kv_lengths)
+        return jnp.where(_transposed(mask) if transposed else mask, scores, _MASKED)
+
+    def add_keys(self, parts: list[Float[Array, "B K S_i H"]]) -> Float[Array, "B S K H"]:
+        """Sums each key's shares over the strips that see it. Every key is seen by the query at its position."""
+        edges = sorted({edge for *_, first, end in self.strips for edge in (first, end)})
+        found = []
+        for first, end in itertools.pairwise(edges):
+            shares = [
+                part[:, :, first - a : end - a]
+                for part, (*_, a, b) in zip(parts, self.strips, strict=True)
+                if a <= first and end <= b
+            ]
+            found.append(_by_head(functools.reduce(jnp.add, shares)))
+        return jnp.concatenate(found, axis=1)
+
+
+# Why strips: a short sequence has few of them, so they are written out, each with the softmax of whole rows: nothing
+# is rescaled, no key is cut out of an array or put back by an index.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _in_strips(q, k, v, kv_lengths, plan: _Strips):
+    return _strips_forward(q, k, v, kv_lengths, plan)[0]
+
+
+def _strips_forward(q, k, v, kv_lengths, plan: _Strips):
+    heads, head_dim, kv_heads = *q.shape[2:], k.shape[2]
+    dtype, scale = _accumulator(q.dtype), head_dim**-0.5
+    k, v = _by_head(k), _by_head(v)
+    keys_t, queries, outs, lses = _transposed(k), [], [], []
+    for strip in plan.strips:
+        first, end, *seen = strip
+        keys = slice(*seen)
+        queries.append(_rows(q[:, first:end], kv_heads))
+        scores = jnp.matmul(queries[-1], keys_t[..., keys], preferred_element_type=dtype)
+        scores = plan.masked(scores, strip, heads // kv_heads, kv_lengths)
+        top = jnp.maximum(scores.max(-1, keepdims=True), _LOWEST)
+        weights = jnp.exp((scores - top) * scale)
+        total = weights.sum(-1, keepdims=True)
+        total = jnp.where(total > 0, total, 1)  # No key at all: zeros, and no NaN in the gradient.
+        out = jnp.matmul(weights.astype(v.dtype), v[:, :, keys], preferred_element_type=dtype)
+        outs.append(_unrows(out / total, heads))
+        lses.append(checkpoint_name(top * scale + jnp.log(total), LSE_NAME))
+    out = checkpoint_name(jnp.concatenate(outs, axis=1).astype(q.dtype), OUTPUT_NAME)
+    return out, (queries, k, v, kv_lengths, out, lses)
+
+
+def _strips_backward(plan: _Strips, residuals, out_bar):
+    queries, k, v, kv_lengths, out, lses = residuals
+    heads, head_dim, kv_heads = *out.shape[2:], k.shape[1]
+    dtype, scale = _accumulator(out.dtype), head_dim**-0.5
+    out_bar, delta, keys_t = out_bar.astype(out.dtype), _row_products(out_bar, out, dtype), _transposed(k)
+    dq, dk, dv = [], [], []
+    for strip, rows, lse in zip(plan.strips, queries, lses, strict=True):
+        first, end, *seen = strip
+        keys, g, d = slice(*seen), *(_rows(x[:, first:end], kv_heads) for x in (out_bar, delta))
+        scores = jnp.matmul(k[:, :, keys], _transposed(rows), preferred_element_type=dtype)
+        scores = plan.masked(scores, strip, heads // kv_heads, kv_lengths, transposed=True)
+        weights = jnp.exp(scores * scale - _transposed(lse))
+        d_weights = jnp.matmul(v[:, :, keys], _transposed(g), preferred_element_type=dtype)
+        d_scores = (weights * (d_weights - _transposed(d))).astype(out.dtype)
+        dv.append(jnp.matmul(weights.astype(v.dtype), g, preferred_element_type=dtype))
+        dk.append(jnp.matmul(d_scores, rows, preferred_element_type=dtype))
+        d_rows = jnp.matmul(keys_t[..., keys], d_scores, preferred_element_type=dtype)
+        dq.append(_unrows(_transposed(d_rows), heads))
+    dq, dk, dv = jnp.concatenate(dq, axis=1) * scale, plan.add_keys(dk) * scale, plan.add_keys(dv)
+    return dq.astype(out.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_in_strips.defvjp(_strips_forward, _strips_backward)
+
+
+class _Tiles(NamedTuple):
     """Which tiles of the T×S score matrix are computed, as (query block, key block), row by row; static.
 
     `whole`: those of which a query sees every key (but for padding). `cut`: those that need a mask.
@@ -188,10 +352,8 @@ class _Plan(NamedTuple):
 
     @classmethod
     @functools.cache
-    def make(cls, queries: int, keys: int, causal: bool, window: int | None, block_size: int) -> _Plan:
-        block_k = _even_block(keys, block_size)
-        # Few keys (a condition): as many more queries.
-        block_q = _even_block(queries, block_size * max(block_size // block_k, 1))
+    def make(cls, queries: int, keys: int, causal: bool, window: int | None, block_size: int) -> _Tiles:
+        block_q, block_k = _blocks(queries, keys, block_size)
         whole, cut = [], []
         for i in range(-(-queries // block_q)):
             first, last = i * block_q, (i + 1) * block_q - 1
@@ -207,23 +369,12 @@ class _Plan(NamedTuple):
         return cls(queries, keys, block_q, block_k, causal, window, tuple(whole), tuple(cut))
 
     def scan(self, tile: Callable, carry: tuple[Array, ...], padded: bool) -> tuple[Array, ...]:
-        """`tile(carry, (i, j), masked)` over all tiles, masked where they need it; `padded`: all do.
-
-        `carry`: of arrays stacked along blocks, or of lists of blocks when the tiles are written out.
-        """
+        """`tile(carry, (i, j), masked)` over all tiles, masked where they need it; `padded`: all do."""
         for masked, pairs in ((padded, self.whole), (True, self.cut)):
-            if self.written_out:
-                for pair in pairs:
-                    carry = tile(carry, pair, masked=masked)
-            elif pairs:
+            if pairs:
                 step = lambda carry, pair, masked=masked: (tile(carry, pair, masked=masked), None)  # noqa: E731
                 carry, _ = lax.scan(step, carry, tuple(np.array(pairs, np.int32).T))
         return carry
-
-    def filled(self, value: float, blocks: int, shape: tuple[int, ...], like: Array, dtype) -> Tiles:
-        """Blocks of `shape` to begin with, varying over the mesh (inside `parallel_attention`) as `like` does."""
-        block = vary(jnp.full(shape if self.written_out else (blocks, *shape), value, dtype), axes_of(like))
-        return [block] * blocks if self.written_out else block
 
     @property
     def blocks_q(self) -> int:
@@ -233,31 +384,33 @@ class _Plan(NamedTuple):
     def blocks_k(self) -> int:
         return -(-self.keys // self.block_k)
 
-    @property
-    def written_out(self) -> bool:
-        return len(self.whole) + len(self.cut) <= _WRITTEN_OUT
-
     def mask(self, i, j, per_kv_head: int, kv_lengths) -> Array:
-        """[B or 1, 1, R·block_q, block_k] of block (i, j): which keys a query sees."""
-        t = jnp.tile(i * self.block_q + jnp.arange(self.block_q), per_kv_head)[:, None]
-        s = j * self.block_k + jnp.arange(self.block_k)
-        if kv_lengths is None:
-            mask = (s < self.keys)[None, None, None]
-        else:
-            mask = (s < jnp.minimum(kv_lengths, self.keys)[:, None])[:, None, None]
-        if self.causal:
-            mask = mask & (s <= t)
-        if self.window is not None:
-            mask = mask & (s > t - self.window)
-        return mask
+        t, s = i * self.block_q + jnp.arange(self.block_q), j * self.block_k + jnp.arange(self.block_k)
+        return _mask(t, s, self, per_kv_head, kv_lengths)
 
+    def query_blocks(self, x: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "n B K RT H"]:
+        blocks = self._cut(x, self.blocks_q, self.block_q)
+        return jax.vmap(lambda x: _rows(x, kv_heads), in_axes=1)(blocks)
 
-def _even_block(length: int, block_size: int) -> int:
-    """About `block_size`, chosen so that padding the length to whole blocks wastes little."""
-    number = max(round(length / block_size), 1)
-    if number == 1:
-        return length
-    return -(-length // (8 * number)) * 8
+    def key_blocks(self, x: Float[Array, "B S K H"]) -> Float[Array, "n B K S H"]:
+        return jax.vmap(_by_head, in_axes=1)(self._cut(x, self.blocks_k, self.block_k))
+
+    def queries_of(self, blocks: Float[Array, "n B K RT H"], heads: int) -> Float[Array, "B T N H"]:
+        """The inverse of `query_blocks`."""
+        return self._joined(jax.vmap(lambda x: _unrows(x, heads), out_axes=1)(blocks), self.queries)
+
+    def keys_of(self, blocks: Float[Array, "n B K S H"]) -> Float[Array, "B S K H"]:
+        """The inverse of `key_blocks`."""
+        return self._joined(jax.vmap(_by_head, out_axes=1)(blocks), self.keys)
+
+    @staticmethod
+    def _cut(x, blocks: int, size: int):
+        x = jnp.pad(x, ((0, 0), (0, blocks * size - x.shape[1]), (0, 0), (0, 0)))
+        return x.reshape(x.shape[0], blocks, size, *x.shape[2:])
+
+    @staticmethod
+    def _joined(x, length: int):
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
 # Why a scan over tiles, and its own backward. Every tile lies in a CPU core's cache, tiles right of the diagonal cost
@@ -265,135 +418,77 @@ def _even_block(length: int, block_size: int) -> int:
 # scores are made transposed ([keys, queries]), so that all five products are plain row-major ones: XLA's CPU product
 # with a transposed left side runs at half the speed.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _chunked(q, k, v, kv_lengths, plan: _Plan):
-    return _chunked_forward(q, k, v, kv_lengths, plan)[0]
+def _in_tiles(q, k, v, kv_lengths, plan: _Tiles):
+    return _tiles_forward(q, k, v, kv_lengths, plan)[0]
 
 
-def _chunked_forward(q, k, v, kv_lengths, plan: _Plan):
+def _tiles_forward(q, k, v, kv_lengths, plan: _Tiles):
     (batch, _, heads, head_dim), kv_heads = q.shape, k.shape[2]
     per_kv_head, dtype, scale = heads // kv_heads, _accumulator(q.dtype), head_dim**-0.5
-    q_tiles, k_tiles, v_tiles = _query_tiles(q, plan, kv_heads), _key_tiles(k, plan), _key_tiles(v, plan)
-    keys_t = _transposed(k_tiles)
+    q_blocks, k_blocks, v_blocks = plan.query_blocks(q, kv_heads), plan.key_blocks(k), plan.key_blocks(v)
+    keys_t = _transposed(k_blocks)
 
     def tile(carry, pair, masked):
         out, top, total = carry
         i, j = pair
-        scores = jnp.matmul(q_tiles[i], keys_t[j], preferred_element_type=dtype)
+        scores = jnp.matmul(q_blocks[i], keys_t[j], preferred_element_type=dtype)
         if masked:
             scores = jnp.where(plan.mask(i, j, per_kv_head, kv_lengths), scores, _MASKED)
         old_top = top[i]
         new_top = jnp.maximum(old_top, scores.max(-1, keepdims=True))
         weights = jnp.exp((scores - new_top) * scale)
         shrink = jnp.exp((old_top - new_top) * scale)
-        product = jnp.matmul(weights.astype(v.dtype), v_tiles[j], preferred_element_type=dtype)
+        product = jnp.matmul(weights.astype(v.dtype), v_blocks[j], preferred_element_type=dtype)
         total = _put(total, i, total[i] * shrink + weights.sum(-1, keepdims=True))
         return _put(out, i, out[i] * shrink + product), _put(top, i, new_top), total
 
-    rows = batch, kv_heads, per_kv_head * plan.block_q
-    start = [plan.filled(x, plan.blocks_q, (*rows, n), q, dtype) for x, n in ((0, head_dim), (_LOWEST, 1), (0, 1))]
-    out, top, total = plan.scan(tile, tuple(start), padded=kv_lengths is not None)
-    total = jax.tree.map(lambda x: jnp.where(x > 0, x, 1), total)  # No key at all: zeros, and no NaN in the gradient.
-    lse = jax.tree.map(lambda top, total: checkpoint_name(top * scale + jnp.log(total), LSE_NAME), top, total)
-    out = _merge(jax.tree.map(jnp.divide, out, total), q.shape, plan)
-    out = checkpoint_name(out.astype(q.dtype), OUTPUT_NAME)
-    return out, (q_tiles, k_tiles, v_tiles, kv_lengths, out, lse)
+    rows = plan.blocks_q, batch, kv_heads, per_kv_head * plan.block_q
+    start = tuple(_filled(x, (*rows, n), q, dtype) for x, n in ((0, head_dim), (_LOWEST, 1), (0, 1)))
+    out, top, total = plan.scan(tile, start, padded=kv_lengths is not None)
+    total = jnp.where(total > 0, total, 1)  # No key at all: zeros, and no NaN in the gradient.
+    lse = checkpoint_name(top * scale + jnp.log(total), LSE_NAME)
+    out = checkpoint_name(plan.queries_of(out / total, heads).astype(q.dtype), OUTPUT_NAME)
+    return out, (q_blocks, k_blocks, v_blocks, kv_lengths, out, lse)
 
 
-def _chunked_backward(plan: _Plan, residuals, out_bar):
-    q_tiles, k_tiles, v_tiles, kv_lengths, out, lse = residuals
-    (batch, _, heads, head_dim), kv_heads = out.shape, k_tiles[0].shape[1]
-    key_shape = batch, plan.keys, kv_heads, head_dim
+def _tiles_backward(plan: _Tiles, residuals, out_bar):
+    q_blocks, k_blocks, v_blocks, kv_lengths, out, lse = residuals
+    (batch, _, heads, head_dim), kv_heads = out.shape, k_blocks.shape[2]
     per_kv_head, dtype, scale = heads // kv_heads, _accumulator(out.dtype), head_dim**-0.5
-    g_tiles = _query_tiles(out_bar.astype(out.dtype), plan, kv_heads)
-    delta = weighted_sum(out_bar.astype(dtype) * out.astype(dtype), jnp.ones(head_dim, dtype), (3,))[..., None]
-    q_t, g_t, k_t, lse_t, delta_t = map(
-        _transposed, (q_tiles, g_tiles, k_tiles, lse, _query_tiles(delta, plan, kv_heads))
-    )
+    delta = plan.query_blocks(_row_products(out_bar, out, dtype), kv_heads)
+    g_blocks = plan.query_blocks(out_bar.astype(out.dtype), kv_heads)
+    q_t, g_t, k_t, lse_t, delta_t = map(_transposed, (q_blocks, g_blocks, k_blocks, lse, delta))
 
     def tile(carry, pair, masked):
         dq_t, dk, dv = carry
         i, j = pair
-        scores = jnp.matmul(k_tiles[j], q_t[i], preferred_element_type=dtype)
+        scores = jnp.matmul(k_blocks[j], q_t[i], preferred_element_type=dtype)
         if masked:
-            mask = jnp.swapaxes(plan.mask(i, j, per_kv_head, kv_lengths), -1, -2)
-            scores = jnp.where(mask, scores, _MASKED)
+            scores = jnp.where(_transposed(plan.mask(i, j, per_kv_head, kv_lengths)), scores, _MASKED)
         weights = jnp.exp(scores * scale - lse_t[i])
-        d_weights = jnp.matmul(v_tiles[j], g_t[i], preferred_element_type=dtype)
+        d_weights = jnp.matmul(v_blocks[j], g_t[i], preferred_element_type=dtype)
         d_scores = (weights * (d_weights - delta_t[i])).astype(out.dtype)
-        dv = _put(dv, j, dv[j] + jnp.matmul(weights.astype(v_tiles[j].dtype), g_tiles[i], preferred_element_type=dtype))
-        dk = _put(dk, j, dk[j] + jnp.matmul(d_scores, q_tiles[i], preferred_element_type=dtype))
+        dv = _put(dv, j, dv[j] + jnp.matmul(weights.astype(v_blocks.dtype), g_blocks[i], preferred_element_type=dtype))
+        dk = _put(dk, j, dk[j] + jnp.matmul(d_scores, q_blocks[i], preferred_element_type=dtype))
         dq_t = _put(dq_t, i, dq_t[i] + jnp.matmul(k_t[j], d_scores, preferred_element_type=dtype))
         return dq_t, dk, dv
 
-    queries = batch, kv_heads, head_dim, per_kv_head * plan.block_q
-    keys = batch, kv_heads, plan.block_k, head_dim
-    shapes = (plan.blocks_q, queries), (plan.blocks_k, keys), (plan.blocks_k, keys)
-    start = [plan.filled(0, blocks, shape, out, dtype) for blocks, shape in shapes]
-    dq_t, dk, dv = plan.scan(tile, tuple(start), padded=kv_lengths is not None)
-    dq = _merge(_transposed(dq_t), out.shape, plan) * scale
-    dk, dv = _merge_keys(dk, key_shape) * scale, _merge_keys(dv, key_shape)
-    return dq.astype(out.dtype), dk.astype(k_tiles[0].dtype), dv.astype(v_tiles[0].dtype), None
+    queries = plan.blocks_q, batch, kv_heads, head_dim, per_kv_head * plan.block_q
+    keys = plan.blocks_k, batch, kv_heads, plan.block_k, head_dim
+    start = tuple(_filled(0, shape, out, dtype) for shape in (queries, keys, keys))
+    dq_t, dk, dv = plan.scan(tile, start, padded=kv_lengths is not None)
+    dq, dk, dv = plan.queries_of(_transposed(dq_t), heads) * scale, plan.keys_of(dk) * scale, plan.keys_of(dv)
+    return dq.astype(out.dtype), dk.astype(k_blocks.dtype), dv.astype(v_blocks.dtype), None
 
 
-_chunked.defvjp(_chunked_forward, _chunked_backward)
+_in_tiles.defvjp(_tiles_forward, _tiles_backward)
 
 
 def _put(x, i, value):
-    """x, an array or a list, with x[i] = value: without the check of bounds that `x.at[i].set` compiles to."""
-    if isinstance(x, list):
-        return [*x[:i], value, *x[i + 1 :]]
+    """x with x[i] = value: without the check of bounds that `x.at[i].set` compiles to."""
     return lax.dynamic_update_index_in_dim(x, value, i, 0)
 
 
-def _query_tiles(x, plan: _Plan, kv_heads: int) -> Tiles:
-    """[B,T,N,H] → blocks of [B, K, R·block, H]."""
-    batch, queries, heads, dim = x.shape
-    x = jnp.pad(x, ((0, 0), (0, plan.blocks_q * plan.block_q - queries), (0, 0), (0, 0)))
-    return _cut(x.reshape(batch, -1, plan.block_q, kv_heads, heads // kv_heads, dim), (0, 2, 3, 1, 4), plan)
-
-
-def _key_tiles(x, plan: _Plan) -> Tiles:
-    """[B,S,K,H] → blocks of [B, K, block, H]."""
-    batch, keys, kv_heads, dim = x.shape
-    x = jnp.pad(x, ((0, 0), (0, plan.blocks_k * plan.block_k - keys), (0, 0), (0, 0)))
-    return _cut(x.reshape(batch, -1, plan.block_k, kv_heads, dim), (0, 2, 1, 3), plan)
-
-
-def _cut(x, order: tuple[int, ...], plan: _Plan) -> Tiles:
-    """Blocks along axis 1, each transposed to `order`; what then lies between first two axes and last is one."""
-
-    def tile(block):
-        block = block.transpose(order)
-        return block.reshape(*block.shape[:2], -1, block.shape[-1])
-
-    if plan.written_out:  # Cut first: each block is then copied once, not with all and by itself.
-        return [tile(x[:, i]) for i in range(x.shape[1])]
-    return jax.vmap(tile, in_axes=1)(x)
-
-
-def _merge(tiles: Tiles, shape, plan: _Plan):
-    """The inverse of `_query_tiles`."""
-    batch, queries, heads, dim = shape
-
-    def block(x):
-        x = x.reshape(batch, x.shape[1], -1, plan.block_q, dim).transpose(0, 3, 1, 2, 4)
-        return x.reshape(batch, plan.block_q, heads, dim)
-
-    return _joined(tiles, block)[:, :queries]
-
-
-def _merge_keys(tiles: Tiles, shape):
-    """The inverse of `_key_tiles`."""
-    return _joined(tiles, lambda x: x.transpose(0, 2, 1, 3))[:, : shape[1]]
-
-
-def _joined(tiles: Tiles, block: Callable[[Array], Array]) -> Array:
-    """`block` of every tile, [B, n, …], side by side along n."""
-    if isinstance(tiles, list):
-        return jnp.concatenate([block(x) for x in tiles], axis=1)
-    blocks = jax.vmap(block, out_axes=1)(tiles)
-    return blocks.reshape(blocks.shape[0], -1, *blocks.shape[3:])
-
-
-def _transposed(tiles: Tiles) -> Tiles:
-    return jax.tree.map(lambda x: jnp.swapaxes(x, -1, -2), tiles)
+def _filled(value: float, shape: tuple[int, ...], like: Array, dtype) -> Array:
+    """What a loop begins with, varying over the mesh (inside `parallel_attention`) as `like` does."""
+    return vary(jnp.full(shape, value, dtype), axes_of(like))

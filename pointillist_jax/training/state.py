@@ -14,11 +14,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int, UInt32
 
 from pointillist_jax.configs import TrainConfig
-from pointillist_jax.sharding import shardings_for
+from pointillist_jax.sharding import map_shards, shardings_for
+from renderer_bridge.varying import vary
 
 Params = Any
 Batch = dict[str, Array]
@@ -199,22 +200,39 @@ def _gradients(loss_fn: LossFn, params, batch: Batch, key, parts: int):
         loss, weight, extra = loss_fn(params, batch, key)
         return loss, (weight, extra)
 
-    def one(part, key):
+    def one(params, part, key):
         (loss, (weight, extra)), grads = jax.value_and_grad(summed, has_aux=True)(params, part, key)
         return (loss, grads), weight, extra
 
-    if parts == 1:
-        total, weight, extra = one(batch, key)
-    else:
-        # Interleaved, so that every device of a sharded batch has its share of every part.
-        split = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-        keys = jax.random.split(key, parts)
-        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], split), keys[0])
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        add = lambda total, part: (jax.tree.map(jnp.add, total, one(*part)), None)  # noqa: E731
-        (total, weight, extra), _ = jax.lax.scan(add, zeros, (split, keys))
+    total, weight, extra = one(params, batch, key) if parts == 1 else _in_parts(one, parts, params, batch, key)
     # Times the inverse: XLA's CPU compiler writes quotients of whole gradients to memory, products it fuses.
     inverse = 1 / jnp.maximum(weight, 1e-9)
     loss, grads = jax.tree.map(lambda x: x * inverse.astype(x.dtype), total)
     means = {name: value / jnp.maximum(count, 1e-9) for name, (value, count) in extra.items()}
     return loss, grads, means
+
+
+def _in_parts(one: Callable, parts: int, params, batch: Batch, key):
+    """Σ of `one(params, part, key)` over parts of the batch, one after another.
+
+    Every device of the data axis adds up what its own examples give, and the devices' sums are added once: gradients
+    would cross the network with every part else. (`fsdp` devices have to exchange theirs, for want of room.)
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    devices, size = 1 if mesh.empty else mesh.shape["data"], jax.tree.leaves(batch)[0].shape[0]
+    axes = frozenset({"data"} if devices > 1 and size % (devices * parts) == 0 else ())
+
+    def local(params, batch, key):
+        # Interleaved, so that every device of a sharded batch has its share of every part.
+        split = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+        keys = jax.random.split(key, parts)
+        params = vary(params, axes)  # Gradients then are a device's own.
+        shapes = jax.eval_shape(one, params, jax.tree.map(lambda x: x[0], split), keys[0])
+        zeros = vary(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), axes)
+        add = lambda total, part: (jax.tree.map(jnp.add, total, one(params, *part)), None)  # noqa: E731
+        total, _ = jax.lax.scan(add, zeros, (split, keys))
+        return jax.lax.psum(total, tuple(axes)) if axes else total
+
+    whole, cut = PartitionSpec(), PartitionSpec("data")
+    mapped = map_shards(local, (whole, cut, whole), whole, axes) if axes else local
+    return mapped(params, batch, key)

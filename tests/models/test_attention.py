@@ -18,7 +18,12 @@ CASES = {
     "lengths": (30, 45, 2, 2, False, None, (45, 7), 16),
     "no key at all": (30, 45, 2, 2, False, None, (0, 20), 16),
     "causal lengths": (33, 33, 2, 2, True, None, (33, 9), 8),
+    "odd heads": (50, 50, 3, 3, True, None, None, 16),
     "one tile": (24, 24, 2, 2, True, None, None, 256),
+    "strips": (50, 50, 4, 2, True, None, None, 32),
+    "strips, window": (50, 50, 4, 2, True, 13, None, 32),
+    "strips, lengths": (50, 50, 2, 2, True, None, (50, 9), 32),
+    "strips, cross": (50, 40, 4, 2, False, None, (40, 0), 32),
 }
 
 
