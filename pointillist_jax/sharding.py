@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -117,10 +117,13 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
     An entry may be several logical axes, whose mesh axes are then joined. An axis that does not divide stays whole.
     """
+    return jax.lax.with_sharding_constraint(x, logical_spec(x.shape, *axes)) if is_shared() else x
+
+
+def is_shared() -> bool:
+    """Whether arrays here lie on several devices: there is a mesh, and no `shard_map` that cuts along all of it."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, logical_spec(x.shape, *axes))
+    return any(size > 1 for axis, size in mesh.shape.items() if axis not in mesh.manual_axes)
 
 
 def logical_spec(shape: Sequence[int], *axes: str | tuple[str, ...] | None) -> PartitionSpec:
@@ -143,12 +146,6 @@ def _mesh_axes(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
     manual = jax.sharding.get_abstract_mesh().manual_axes
     axes = (axis for name in _as_tuple(names) for axis in _as_tuple(dict(RULES)[name]))
     return tuple(axis for axis in axes if axis not in manual)
-
-
-def map_shards(function: Callable, in_specs: Any, out_specs: Any, axes: Sequence[str] = AXES) -> Callable:
-    """`jax.shard_map` over those of these axes of the mesh in use over which nothing is mapped yet."""
-    mapped = set(axes) - set(jax.sharding.get_abstract_mesh().manual_axes)
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=mapped)
 
 
 def batch_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pointillist_jax.sharding import constrain, parts_of
+from renderer_bridge.varying import axes_of, vary
 
 SLOTS = "xyzb"
 # Logits held at once by a device: 32 MiB in float32.
@@ -203,7 +204,7 @@ def _forward(hidden, labels, table, num_classes, z_loss, chunks):
         return d_table_t, (*losses, d_hidden)
 
     shape = table.shape[::-1]
-    start = jnp.zeros((rows, stretches, *shape) if apart else shape, dtype)
+    start = vary(jnp.zeros((rows, stretches, *shape) if apart else shape, dtype), axes_of((hidden, labels, table)))
     xs = _split(hidden, chunks), _split(labels, chunks)
     d_table_t, (loss, nll, correct, d_hidden) = lax.scan(chunk, start, xs)
     if apart:

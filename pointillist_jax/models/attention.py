@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from pointillist_jax.files import UserError
 from pointillist_jax.models.layers import weighted_sum
-from pointillist_jax.sharding import constrain, logical_spec, map_shards, parts_of
+from pointillist_jax.sharding import constrain, logical_spec, parts_of
 from renderer_bridge.varying import axes_of, vary
 
 IMPLEMENTATIONS = ("auto", "cudnn", "chunked", "xla")
@@ -113,7 +113,7 @@ def parallel_attention(
     queries = logical_spec(q.shape, "batch", "length", "heads", None)
     keys = queries if causal else logical_spec(k.shape, "batch", None, "heads", None)
     in_specs = queries, keys, keys, None if lengths is None else logical_spec(lengths.shape, "batch")
-    return map_shards(local, in_specs, queries)(q, k, v, lengths)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=queries)(q, k, v, lengths)
 
 
 def cached_attention(

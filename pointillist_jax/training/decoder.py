@@ -28,7 +28,7 @@ from pointillist_jax.gaussians import Avatar, Gaussians
 from pointillist_jax.losses import l1, lpips, psnr, ssim
 from pointillist_jax.models.gaussian_decoder import Decoded, decode, param_specs, rigged
 from pointillist_jax.models.layers import init_params as init_from_specs
-from pointillist_jax.sharding import logical_spec, map_shards, shard_batch
+from pointillist_jax.sharding import is_shared, shard_batch
 from pointillist_jax.training.state import Batch, Key, LossFn, Params, TrainState, jit_step, train_step
 from renderer_bridge import rasterize
 
@@ -73,15 +73,14 @@ def render_views(
       The images and, of each view, `overflow` (intersections the renderer had no room for; 0 = exact) and
       `intersections`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
     names = ("points", "binding", "canonical", "viewmats", "Ks", "flame")
     inputs = decoded, {name: batch[name] for name in names}
     how = {"width": width, "height": height, "capacity": capacity, "backend": backend}
     local = functools.partial(_render_rows, **how)
-    if mesh.empty or mesh.size == 1:
+    if not is_shared():
         return local(head, *inputs)
-    spec = logical_spec(batch["points"].shape[:1], "batch")
-    return map_shards(local, (PartitionSpec(), spec, spec), spec)(head, *inputs)
+    spec = PartitionSpec(("data", "fsdp"))
+    return jax.shard_map(local, in_specs=(PartitionSpec(), spec, spec), out_specs=spec)(head, *inputs)
 
 
 def make_loss(

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int, UInt32
 
 from pointillist_jax.configs import TrainConfig
-from pointillist_jax.sharding import map_shards, shardings_for
+from pointillist_jax.sharding import shardings_for
 from renderer_bridge.varying import vary
 
 Params = Any
@@ -215,12 +215,12 @@ def _gradients(loss_fn: LossFn, params, batch: Batch, key, parts: int):
 def _in_parts(one: Callable, parts: int, params, batch: Batch, key):
     """Σ of `one(params, part, key)` over parts of the batch, one after another.
 
-    Every device of the data axis adds up what its own examples give, and the devices' sums are added once: gradients
-    would cross the network with every part else. (`fsdp` devices have to exchange theirs, for want of room.)
+    Where devices only share out examples, each adds up what its own give, and the devices' sums are added once:
+    gradients would cross the network with every part else. (Slices of parameters have to, for want of room.)
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    devices, size = 1 if mesh.empty else mesh.shape["data"], jax.tree.leaves(batch)[0].shape[0]
-    axes = frozenset({"data"} if devices > 1 and size % (devices * parts) == 0 else ())
+    mesh, examples = jax.sharding.get_abstract_mesh(), jax.tree.leaves(batch)[0].shape[0]
+    alike = not mesh.empty and mesh.size == mesh.shape["data"] > 1 and examples % (mesh.size * parts) == 0
+    axes = frozenset({"data"} if alike else ())
 
     def local(params, batch, key):
         # Interleaved, so that every device of a sharded batch has its share of every part.
@@ -234,5 +234,5 @@ def _in_parts(one: Callable, parts: int, params, batch: Batch, key):
         return jax.lax.psum(total, tuple(axes)) if axes else total
 
     whole, cut = PartitionSpec(), PartitionSpec("data")
-    mapped = map_shards(local, (whole, cut, whole), whole, axes) if axes else local
+    mapped = jax.shard_map(local, in_specs=(whole, cut, whole), out_specs=whole) if axes else local
     return mapped(params, batch, key)

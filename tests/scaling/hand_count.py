@@ -26,7 +26,7 @@ def main() -> None:
     found = {}
     for text in sys.argv[2:]:
         mesh = make_mesh(text)
-        compiled = stage_one(MODEL, train, mesh, BATCH, CONTEXT).compile()
+        compiled = stage_one(MODEL, train, mesh, BATCH * train.accumulate, CONTEXT).compile()
         found[text] = inventory(collectives(compiled.as_text(), mesh.shape))
     print(json.dumps(found))
 

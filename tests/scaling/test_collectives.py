@@ -98,13 +98,17 @@ def test_what_cannot_be_counted_is_said():
     assert inventory([]) == {}
 
 
-@pytest.fixture(scope="module")
-def compiled():
+def compile_steps(settings: dict, *meshes: str) -> dict:
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.scaling.hand_count", "{}", *MESHES]
+    command = [sys.executable, "-m", "tests.scaling.hand_count", json.dumps(settings), *meshes]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return compile_steps({}, *MESHES)
 
 
 def by_hand(mesh: str) -> dict[str, int]:
@@ -161,3 +165,12 @@ def test_pure_data_parallelism_sums_gradients_once_and_gathers_nothing(compiled)
     # The other sum is that of the tokens' numbers, which the loss is divided by.
     assert set(compiled["data:8"]) == {"all-reduce over data"}
     assert compiled["data:8"]["all-reduce over data"]["count"] == 2
+
+
+def test_micro_batches_add_up_on_their_device_and_are_summed_once():
+    parts = compile_steps({"accumulate": 2}, "data:8")["data:8"]
+    assert set(parts) == {"all-reduce over data"}
+    row = parts["all-reduce over data"]
+    # The head's gradients of the four slots are one by then; beside them the loss and the number of tokens.
+    heads, few = 3 * MODEL.tokenizer.padded_vocab_size * MODEL.width, 8 - 2
+    assert (row["count"], row["bytes"] / 4) == (1, by_hand("data:8")["all-reduce over data"] - heads - few)
