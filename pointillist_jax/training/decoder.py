@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
@@ -98,14 +99,14 @@ def make_loss(
     overflow and intersections (largest of a view).
     """
 
-    def loss_fn(params: Params, batch: Batch, key: Key):
+    def loss_fn(frozen: Mapping[str, Any], params: Params, batch: Batch, key: Key):
         del key  # Nothing here is random.
         total, count, extra, _ = _compare(
             params, config, frozen, batch, width, height, capacity=capacity, backend=backend
         )
         return total, count, extra
 
-    return loss_fn
+    return Partial(loss_fn, frozen)
 
 
 def _compare(params, config: DecoderConfig, frozen, batch: Batch, width: int, height: int, **how):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
+from jax.tree_util import Partial
 from jaxtyping import Array, Int, UInt32
 
 from pointillist_jax.configs import TrainConfig
@@ -26,6 +27,8 @@ Batch = dict[str, Array]
 Key = UInt32[Array, "2"]
 # (params, batch, key) → (summed loss, weight it is a sum over, further sums to be divided by their own weights).
 # Sums, not means: micro-batches and devices with different numbers of tokens then add up to exactly the whole batch.
+# Other arrays it reads (a head model, frozen networks) are those of a `jax.tree_util.Partial`: inside a `shard_map`
+# arrays of the mesh outside cannot be read.
 LossFn = Callable[[Params, Batch, Key], tuple[Array, Array, dict[str, tuple[Array, Array]]]]
 
 
@@ -196,15 +199,16 @@ def _norm(tree) -> Array:
 def _gradients(loss_fn: LossFn, params, batch: Batch, key, parts: int):
     """Mean loss, its gradient, and the other means, over the whole batch in `parts` passes."""
 
-    def summed(params, batch, key):
-        loss, weight, extra = loss_fn(params, batch, key)
-        return loss, (weight, extra)
+    def one(loss_fn, params, part, key):
+        def summed(params):
+            loss, weight, extra = loss_fn(params, part, key)
+            return loss, (weight, extra)
 
-    def one(params, part, key):
-        (loss, (weight, extra)), grads = jax.value_and_grad(summed, has_aux=True)(params, part, key)
+        (loss, (weight, extra)), grads = jax.value_and_grad(summed, has_aux=True)(params)
         return (loss, grads), weight, extra
 
-    total, weight, extra = one(params, batch, key) if parts == 1 else _in_parts(one, parts, params, batch, key)
+    run = one if parts == 1 else functools.partial(_in_parts, one, parts)
+    total, weight, extra = run(loss_fn, params, batch, key)
     # Times the inverse: XLA's CPU compiler writes quotients of whole gradients to memory, products it fuses.
     inverse = 1 / jnp.maximum(weight, 1e-9)
     loss, grads = jax.tree.map(lambda x: x * inverse.astype(x.dtype), total)
@@ -212,8 +216,8 @@ def _gradients(loss_fn: LossFn, params, batch: Batch, key, parts: int):
     return loss, grads, means
 
 
-def _in_parts(one: Callable, parts: int, params, batch: Batch, key):
-    """Σ of `one(params, part, key)` over parts of the batch, one after another.
+def _in_parts(one: Callable, parts: int, loss_fn: LossFn, params, batch: Batch, key):
+    """Σ of `one(loss_fn, params, part, key)` over parts of the batch, one after another.
 
     Where devices only share out examples, each adds up what its own give, and the devices' sums are added once:
     gradients would cross the network with every part else. (Slices of parameters have to, for want of room.)
@@ -222,17 +226,21 @@ def _in_parts(one: Callable, parts: int, params, batch: Batch, key):
     alike = not mesh.empty and mesh.size == mesh.shape["data"] > 1 and examples % (mesh.size * parts) == 0
     axes = frozenset({"data"} if alike else ())
 
-    def local(params, batch, key):
+    def local(loss_fn, params, batch, key):
         # Interleaved, so that every device of a sharded batch has its share of every part.
         split = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
         keys = jax.random.split(key, parts)
         params = vary(params, axes)  # Gradients then are a device's own.
-        shapes = jax.eval_shape(one, params, jax.tree.map(lambda x: x[0], split), keys[0])
+        run = functools.partial(one, loss_fn, params)
+        shapes = jax.eval_shape(run, jax.tree.map(lambda x: x[0], split), keys[0])
         zeros = vary(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), axes)
-        add = lambda total, part: (jax.tree.map(jnp.add, total, one(params, *part)), None)  # noqa: E731
+        add = lambda total, part: (jax.tree.map(jnp.add, total, run(*part)), None)  # noqa: E731
         total, _ = jax.lax.scan(add, zeros, (split, keys))
         return jax.lax.psum(total, tuple(axes)) if axes else total
 
+    if not axes:
+        return local(loss_fn, params, batch, key)
     whole, cut = PartitionSpec(), PartitionSpec("data")
-    mapped = jax.shard_map(local, in_specs=(whole, cut, whole), out_specs=whole) if axes else local
-    return mapped(params, batch, key)
+    held = loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
+    mapped = jax.shard_map(local, in_specs=(whole, whole, cut, whole), out_specs=whole)
+    return mapped(held, params, batch, key)
