@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments.motions import MOTIONS, named_expressions
 from experiments.viewer import Slider, add_sliders, expression_sliders, pose_sliders
@@ -16,6 +20,7 @@ from pointillist_jax.flame.param_files import save_flame_params
 from pointillist_jax.gaussians import save_avatar
 from tests.experiments.plain_avatars import red_faced_avatar
 from tests.experiments.script_program import refusals
+from tests.experiments.small_ar import ROOT, environment
 
 HEAD = open_head("coarse")
 
@@ -42,6 +47,21 @@ def test_sliders_add_to_the_motion():
     assert changed.tolist() == [HEAD.expr_names.index("mouth-open")]
     np.testing.assert_array_equal(posed.rotation, moving.rotation)
     assert isinstance(by_label["jaw open"], Slider)
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "said"), [(signal.SIGINT, 130, "stopped by Ctrl-C.\n"), (signal.SIGTERM, 0, "")]
+)
+def test_serving_ends_by_signals(tmp_path, stop, code, said):
+    save_avatar(tmp_path / "someone", red_faced_avatar(HEAD, every=40))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.view", f"--avatar={tmp_path}/someone", "--port=0"],
+        cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert any(line.startswith("open http://127.0.0.1:") for line in process.stdout)
+    process.send_signal(stop)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (code, said)
 
 
 def test_refusals_are_sentences(tmp_path):
