@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from pointillist_jax.configs import ModelConfig
@@ -68,7 +67,7 @@ def make_loss(config: ModelConfig, head: FlameModel, z_loss: float = 0.0) -> Los
     `z_loss`: see `TrainConfig`.
     """
 
-    def loss_fn(head: FlameModel, params: Params, batch: Batch, key: Key):
+    def loss_fn(params: Params, batch: Batch, key: Key):
         del key  # Nothing here is random: the paper names no dropout.
         context = encode(params, config, head, batch["condition"])
         loss = window_loss(params["transformer"], config, batch, context, z_loss)
@@ -80,7 +79,7 @@ def make_loss(config: ModelConfig, head: FlameModel, z_loss: float = 0.0) -> Los
             total += config.condition_loss * marginal
         return total, loss.count, extra
 
-    return Partial(loss_fn, head)
+    return loss_fn
 
 
 def condition_loss(params: Params, config: ModelConfig, batch: Batch, context: Float[Array, "B S D"]) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.training import ar_runs, decoder_scene
-from tests.training.ar_runs import finish, start
+from tests.training.ar_runs import command, finish, start
 from tests.training.curves_program import CONFIG
 
 pytestmark = pytest.mark.slow
@@ -42,3 +42,19 @@ def test_twenty_steps_are_the_same_on_every_mesh(stage, tmp_path):
         for pair, losses in zip(wanted[1:], others, strict=True)
     }
     assert max(worst.values()) < 1e-5, worst
+
+
+def test_micro_batches_on_two_devices_with_encoders_that_train(tmp_path):
+    """Through the script: a head model and portraits inside what is mapped over the devices."""
+    ar_runs.write_people(tmp_path / "people")
+    model = dataclasses.replace(
+        ar_runs.CONFIG.model, encoder=dataclasses.replace(ar_runs.CONFIG.model.encoder, frozen=False)
+    )
+    config = dataclasses.replace(ar_runs.CONFIG, model=model)
+    curves = []
+    for parts in (1, 2):
+        run = ar_runs.changed(config, accumulate=parts)
+        finish(start(command(tmp_path / "people", tmp_path / str(parts), run, "--mesh=data:2"), tmp_path, devices=2))
+        curves.append(list(ar_runs.losses(tmp_path / str(parts)).values()))
+    assert len(curves[0]) == 4
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
