@@ -11,6 +11,7 @@ import numpy as np
 
 from experiments.media import write_image
 from experiments.pictures import contact_sheet
+from experiments.trained_decoder import VARIANTS
 from pointillist_jax.evaluation.baselines import BASELINES
 from pointillist_jax.evaluation.metrics import frechet_distance
 from pointillist_jax.evaluation.protocols import Views
@@ -19,7 +20,7 @@ from pointillist_jax.files import atomic_path, read_json
 
 _CELL = 140  # Pixels at least: the longest name of a baseline must fit beneath.
 # Columns of the overview: one view of everybody.
-_OVERVIEW = ("truth", "ours", "full", "mean_image", "mean_on_shape", "nearest", "nearest_on_shape")
+_OVERVIEW = ("truth", "ours", *VARIANTS, "mean_image", "mean_on_shape", "nearest", "nearest_on_shape")
 
 
 def write_pictures(path: Path, views: Views, shown: dict[str, np.ndarray], scores: dict[str, list[str]]) -> None:
