@@ -27,8 +27,8 @@ Batch = dict[str, Array]
 Key = UInt32[Array, "2"]
 # (params, batch, key) → (summed loss, weight it is a sum over, further sums to be divided by their own weights).
 # Sums, not means: micro-batches and devices with different numbers of tokens then add up to exactly the whole batch.
-# Other arrays it reads (a head model, frozen networks) are those of a `jax.tree_util.Partial`: inside a `shard_map`
-# arrays of the mesh outside cannot be read.
+# Other arrays that lie on the mesh (frozen networks) are those of a `jax.tree_util.Partial`: inside a `shard_map` they
+# could not be read by name.
 LossFn = Callable[[Params, Batch, Key], tuple[Array, Array, dict[str, tuple[Array, Array]]]]
 
 

@@ -1,5 +1,8 @@
-"""A pool as the scripts have it. Alone it prints its worker's process id and waits to be killed; with a folder and a
-number of seconds two workers write a file each there, which takes that long to clean up, and the pool is left."""
+"""A pool as the scripts have it.
+
+Without arguments it prints its worker's process id and waits to be killed. With a folder and a number of seconds two
+workers write a file there, of which one takes that long to clean up, and the pool is left by Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +29,20 @@ def write(path: Path, seconds: float) -> None:
         path.unlink()
 
 
-def main() -> None:
-    if len(sys.argv) == 1:
-        with worker_pool(1) as pool:
-            print(submit(pool, os.getpid).result(), flush=True)
-            submit(pool, time.sleep, 600).result()
-    folder = Path(sys.argv[1])
+def wait() -> None:
+    with worker_pool(1) as pool:
+        print(submit(pool, os.getpid).result(), flush=True)
+        submit(pool, time.sleep, 600).result()
+
+
+def leave(folder: Path, seconds: float) -> None:
     with worker_pool(2) as pool:
         for i in range(2):
-            submit(pool, write, folder / str(i), i * float(sys.argv[2]))
+            submit(pool, write, folder / str(i), i * seconds)
         while len(list(folder.iterdir())) < 2:
             time.sleep(0.01)
         raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
-    main()
+    leave(Path(sys.argv[1]), float(sys.argv[2])) if len(sys.argv) > 1 else wait()
