@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import jax
 import numpy as np
 import pytest
@@ -14,6 +16,17 @@ from pointillist_jax.flame import FlameModel, FlameParams, load_flame
 # The first example of a property compiles JAX programs; a time limit per example would only measure the machine.
 settings.register_profile("default", deadline=None)
 settings.load_profile("default")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Frees what a file has compiled. A process may hold 65,530 memory mappings, and every program takes several.
+
+    The suite's programs together passed that limit, where LLVM ends the process by a segmentation fault.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
