@@ -204,8 +204,12 @@ def predicted(study: Mapping[str, Any], config: Config, workdir: Path) -> tuple[
              _percent(error, signed=True) if "estimate" not in row or held_out else "fitted", shown or "none"]
         )  # fmt: skip
     fitted = ", ".join(f"{factor:.2f} × {name}" for name, factor in factors.items() if factor) or "nothing"
+    kinds = {row["simulated"] for row in rows}
+    compilers = " and ".join(
+        {"gpu": "XLA's GPU compiler (H100)", "cpu": "XLA's CPU compiler"}[kind] for kind in sorted(kinds)
+    )
     sections = [
-        "## Compiled programs\n\nBytes of one device by the compiler, and temporaries by shapes alone: "
+        f"## Compiled programs\n\nOf {compilers}. Bytes of one device, and temporaries by shapes alone: "
         f"{fitted} (`pointillist_jax/scaling/memory.py`), fitted to every second program.\n\n" + markdown(programs)
     ]
     best: dict[str, dict[int, dict[str, Any]]] = {}

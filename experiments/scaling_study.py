@@ -11,8 +11,9 @@ time stands what the model of --mode=predict says of this machine, and the error
 
 predict: compiles the step for meshes of devices that are not there and reads from the compiled program what a device
 holds and which collectives it takes part in; `pointillist_jax/scaling/roofline.py` makes a step time of that and of
-datasheets. Everything that comes out is a prediction and is labelled so. On a machine without GPUs the programs are
-XLA's for CPUs, which has no reduce-scatter and sums bfloat16 as float32: collectives are then an upper bound.
+datasheets. Everything that comes out is a prediction and is labelled so. The programs are those of XLA's GPU compiler
+where JAX's CUDA plugin is installed, which needs no GPU for that (`pointillist_jax/scaling/gpu_programs.py` says how).
+Else they are XLA's for CPUs, which has no reduce-scatter and sums bfloat16 as float32: an upper bound.
 
 size: trains models of several sizes on the same data for the same steps (`experiments.train_ar`): loss against compute.
 
@@ -40,6 +41,7 @@ from experiments.scaling_sizes import planned_sizes, size_rows
 from experiments.scaling_worker import Row, run_row
 from pointillist_jax.configs import Config
 from pointillist_jax.files import UserError, atomic_path
+from pointillist_jax.scaling import gpu_programs
 from pointillist_jax.scaling.hardware import HARDWARE
 from pointillist_jax.scaling.meshes import meshes_of, powers, takes
 from pointillist_jax.sharding import mesh_sizes
@@ -54,6 +56,12 @@ BATCH = flags.DEFINE_integer("batch_per_device", 1, "Windows (stage two: subject
 STEPS = flags.DEFINE_integer("steps", 5, "With --mode=measure: timed steps of a row; the median counts.", lower_bound=1)
 SIMULATE = flags.DEFINE_integer("simulate", 0, "With --mode=measure: so many simulated CPU devices.", lower_bound=0)
 UTILISATION = flags.DEFINE_float("utilisation", 0.5, "With --mode=predict: share of the peak of products.", 0.01, 1)
+COMPILER = flags.DEFINE_enum(
+    "compiler",
+    "auto",
+    ["auto", "gpu", "cpu"],
+    "With --mode=predict: whose programs; auto is gpu where it is installed.",
+)
 TIMEOUT = flags.DEFINE_integer("timeout", 3600, "Seconds for one row.", lower_bound=1)
 STORE = flags.DEFINE_string("store", None, "With --mode=size: a token store.")
 SIZES = flags.DEFINE_list("sizes", ["64x2", "128x2", "128x4", "192x4"], "With --mode=size: <width>x<layers>.")
@@ -64,8 +72,8 @@ CONFIG = define_config("model", "train", "decoder")
 OUTPUTS = ("rows.jsonl", "rows.csv", "report.md", "report.json", "runs", "throughput.png", "efficiency.png", "loss.png",
            "predicted.png")  # fmt: skip
 # Flags that only one mode reads.
-ONLY = {"simulate": "measure", "steps": "measure", "hardware": "predict", "utilisation": "predict", "store": "size",
-        "sizes": "size"}  # fmt: skip
+ONLY = {"simulate": "measure", "steps": "measure", "hardware": "predict", "utilisation": "predict",
+        "compiler": "predict", "store": "size", "sizes": "size"}  # fmt: skip
 
 
 def main() -> None:
@@ -75,6 +83,11 @@ def main() -> None:
         raise UserError(f"--hardware={unknown[0]} is none of {', '.join(HARDWARE)}.")
     if not STAGES.value or not set(STAGES.value) <= {"one", "two"}:
         raise UserError(f"--stages={','.join(STAGES.value)} must be of one, two.")
+    if MODE.value == "predict":
+        # It needs no device at hand, and an idle GPU plugin would complain.
+        jax.config.update("jax_platforms", "cpu")
+        if COMPILER.value == "gpu":
+            gpu_programs.require_gpu_compiler()
     by_size = MODE.value == "size"
     work = planned_sizes(config, STORE.value, SIZES.value) if by_size else list(planned(config))
     workdir = open_workdir(WORKDIR.value, OUTPUTS, resume=RESUME.value, overwrite=OVERWRITE.value)
@@ -103,8 +116,8 @@ def planned(config: Config) -> Iterator[Row]:
     counts = whole_numbers(COUNTS) if COUNTS.value else powers(at_hand) if measure else [1, 8, 16, 64, 256, 512]
     if measure and max(counts) > at_hand:
         raise UserError(f"--device_counts={max(counts)}: there are {at_hand} devices; --simulate=8 simulates eight.")
-    gpus = jax.default_backend() == "gpu"
-    simulated = ("cpu" if SIMULATE.value else "") if measure else "gpu" if gpus else "cpu"
+    compiler = COMPILER.value if COMPILER.value != "auto" else "gpu" if gpu_programs.has_gpu_compiler() else "cpu"
+    simulated = ("cpu" if SIMULATE.value else "") if measure else compiler
     content = json.loads(json.dumps(dataclasses.asdict(config)))
     if MESHES.value and not any(takes(mesh, count) for mesh in MESHES.value.split(";") for count in counts):
         raise UserError(f"--meshes={MESHES.value}: none is a mesh of {' or '.join(map(str, counts))} devices.")

@@ -22,6 +22,7 @@ from typing import Any
 
 from pointillist_jax.configs import Config, config_from_json
 from pointillist_jax.files import UserError
+from pointillist_jax.scaling import gpu_programs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,7 +36,7 @@ class Row:
       mesh: as of `--mesh`. devices: that it takes, simulated or not.
       batch: windows of all devices in stage one, subjects in stage two.
       steps: timed steps; 0 only compiles.
-      simulated: "cpu" (host devices), "gpu" (a mocked topology, compile only), or "" for the devices at hand.
+      simulated: "cpu" (host devices), "gpu" (`scaling.gpu_programs`, compile only), or "" for the devices at hand.
       config: the whole config.
       points, size: of a subject and a picture in stage two.
     """
@@ -64,8 +65,7 @@ def run_row(row: Row, timeout: float) -> dict[str, Any]:
         flag = f"--xla_force_host_platform_device_count={row.devices}"
         environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{environment.get('XLA_FLAGS', '')} {flag}".strip()}
     if row.simulated == "gpu":
-        machines = max(row.devices // 8, 1)
-        environment |= {"JAX_MOCK_GPU_TOPOLOGY": f"1x{machines}x{row.devices // machines}"}
+        environment |= gpu_programs.environment()
     command = [sys.executable, "-m", "experiments.scaling_worker", json.dumps(dataclasses.asdict(row))]
     try:
         done = subprocess.run(
@@ -90,9 +90,10 @@ def figures(row: Row) -> dict[str, Any]:
     from pointillist_jax.sharding import make_mesh
 
     config: Config = config_from_json(Config, row.config, "the row")
-    if len(jax.devices()) < row.devices:
-        raise UserError(f"--mesh={row.mesh} asks for {row.devices} devices, but there are {len(jax.devices())}.")
-    mesh = make_mesh(row.mesh, jax.devices()[: row.devices])
+    devices = gpu_programs.gpu_devices(row.devices) if row.simulated == "gpu" else jax.devices()
+    if len(devices) < row.devices:
+        raise UserError(f"--mesh={row.mesh} asks for {row.devices} devices, but there are {len(devices)}.")
+    mesh = make_mesh(row.mesh, devices[: row.devices])
     if row.stage == "one":
         train = dataclasses.replace(config.train, warmup_steps=0)
         program = step_programs.stage_one(config.model, train, mesh, row.batch, context_length(config.model))
@@ -107,7 +108,7 @@ def figures(row: Row) -> dict[str, Any]:
         "temporary_bytes": memory.temp_size_in_bytes,
         "collectives": [dataclasses.asdict(one) for one in collectives(compiled.as_text(), mesh.shape)],
         "tokens": program.tokens,
-        "device": jax.devices()[0].device_kind,
+        "device": devices[0].device_kind,
         "jax": jax.__version__,
     }
     if row.stage == "one":

@@ -93,7 +93,9 @@ def stage_two(config: DecoderConfig, mesh: Mesh, subjects: int, points: int, siz
     """
     require_share(subjects, mesh)
     head, optimizer, key = open_head("coarse"), make_optimizer(config.train), jax.random.PRNGKey(seed)
-    init, frozen = decoder.init_params(config), decoder.frozen_on(mesh, head)
+    init = decoder.init_params(config)
+    # On devices that are only compiled for (`scaling.gpu_programs`) nothing can lie.
+    frozen = decoder.frozen_on(mesh, head) if mesh.devices.flat[0] in jax.devices() else {"head": head}
     abstract, _ = abstract_state(init, optimizer, config.train, key, mesh)
     make_batch = functools.partial(made_up_batch, head, config, subjects, points, size)
     rows = batch_sharding(mesh)

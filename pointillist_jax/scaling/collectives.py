@@ -136,7 +136,7 @@ def _calls(line: str) -> Iterator[tuple[str, float]]:
     if match := re.search(r"body=%?([\w.\-]+)", line):
         count = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
         yield match[1], float(count[1]) if count else math.nan
-    elif " call(" in line or " async-start(" in line:
+    elif re.search(r" (?:call|async-start|fusion)\(", line):
         for name in re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", line):
             yield name, 1.0
     elif match := re.search(r"branch_computations=\{([^}]*)\}", line):
@@ -152,9 +152,10 @@ def _size(shape: str, kind: str, *, started: bool, group: int) -> tuple[int, int
     parts = [
         (_BYTES[dtype], math.prod(map(int, filter(None, sizes.split(",")))))
         for dtype, sizes in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)
+        if not (started and (dtype, sizes) == ("u32", ""))  # A context.
     ]
-    if started and kind in ("all-gather", "collective-permute"):
-        parts = parts[len(parts) // 2 :] if kind == "all-gather" else parts[1:2]  # (operands…, results…, contexts…)
+    if started and kind != "all-reduce":
+        parts = parts[len(parts) // 2 :]  # (operands…, results…, contexts…)
     scale = group if kind == "reduce-scatter" else 1
     return scale * sum(size * number for size, number in parts), scale * sum(number for _, number in parts)
 

@@ -1,6 +1,8 @@
-"""Collectives of a two-layer model on meshes of 8 simulated devices; prints {mesh: inventory} as JSON.
+"""Collectives of a two-layer model on meshes of 8 devices that are not there; prints {mesh: inventory} as JSON.
 
-python -m tests.scaling.hand_count '{"accumulate": 1}' data:8 tensor:8 …
+python -m tests.scaling.hand_count cpu '{"accumulate": 1}' data:8 tensor:8 …
+
+With "gpu" the programs are those of XLA's GPU compiler (`scaling.gpu_programs`), else those of simulated CPU devices.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import sys
 from experiments.step_programs import stage_one
 from pointillist_jax.configs import ModelConfig, TrainConfig
 from pointillist_jax.scaling.collectives import collectives, inventory
+from pointillist_jax.scaling.gpu_programs import gpu_devices
 from pointillist_jax.sharding import make_mesh
 
 BATCH, CONTEXT = 8, 16
@@ -22,10 +25,11 @@ MODEL = ModelConfig(
 
 
 def main() -> None:
-    train = dataclasses.replace(TrainConfig(warmup_steps=0), **json.loads(sys.argv[1]))
+    devices = gpu_devices(8) if sys.argv[1] == "gpu" else None
+    train = dataclasses.replace(TrainConfig(warmup_steps=0), **json.loads(sys.argv[2]))
     found = {}
-    for text in sys.argv[2:]:
-        mesh = make_mesh(text)
+    for text in sys.argv[3:]:
+        mesh = make_mesh(text, devices)
         compiled = stage_one(MODEL, train, mesh, BATCH * train.accumulate, CONTEXT).compile()
         found[text] = inventory(collectives(compiled.as_text(), mesh.shape))
     print(json.dumps(found))

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 from pointillist_jax.files import UserError
 from pointillist_jax.scaling.collectives import Collective, collectives, inventory
-from pointillist_jax.sharding import mesh_sizes
-from tests.experiments.small_ar import ROOT
-from tests.scaling.hand_count import BATCH, CONTEXT, MODEL
+from tests.scaling.counts import by_hand, compile_steps
+from tests.scaling.hand_count import MODEL
 
 MESHES = ("data:8", "fsdp:8", "tensor:8", "context:8", "data:2,fsdp:4", "data:4,tensor:2", "data:4,context:2",
           "fsdp:4,tensor:2", "data:2,tensor:2,context:2")  # fmt: skip
@@ -73,6 +67,11 @@ def test_every_form_of_device_groups(groups, axes, group, spread):
         ("f32[4,24]{1,0} all-gather(%x), dimensions={1}", "all-gather", 384),
         ("(f32[4,6]{1,0}, f32[4,24]{1,0}) all-gather-start(%x), dimensions={1}", "all-gather", 384),
         ("f32[4,6]{1,0} reduce-scatter(%x), dimensions={1}", "reduce-scatter", 384),
+        # As XLA's GPU compiler starts them: what goes in, and what comes out.
+        ("((f32[4,24], f32[8]), (f32[4,6], f32[2])) reduce-scatter-start(%x, %y)", "reduce-scatter", 384 + 32),
+        ("((f32[4,6]), f32[4,6]) all-to-all-start(%x), dimensions={1}", "all-to-all", 96),
+        ("(f32[4,6], f32[4,6], u32[], u32[]) all-to-all-start(%x)", "all-to-all", 96),
+        ("f32[4,6] all-reduce-start(%x)", "all-reduce", 96),
         ("(f32[1,6], f32[1,6], f32[1,6], f32[1,6]) all-to-all(%a, %b, %c, %d)", "all-to-all", 96),
     ],
 )
@@ -98,61 +97,9 @@ def test_what_cannot_be_counted_is_said():
     assert inventory([]) == {}
 
 
-def compile_steps(settings: dict, *meshes: str) -> dict:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.scaling.hand_count", json.dumps(settings), *meshes]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def compiled():
-    return compile_steps({}, *MESHES)
-
-
-def by_hand(mesh: str) -> dict[str, int]:
-    """Numbers (of four bytes) that a device's collectives carry in a step, from the model's sizes."""
-    sizes = mesh_sizes(mesh, 8)
-    data, fsdp, tensor, context = sizes.values()
-    D, F, L, H = MODEL.width, MODEL.mlp_width, MODEL.layers, MODEL.head_dim
-    heads, classes = MODEL.heads * H, MODEL.tokenizer.padded_vocab_size
-    windows, length = BATCH // data // fsdp, MODEL.window // context
-    matrices = L * (8 * D * heads + 3 * D * F) // tensor
-    norms, rows = L * (3 * D + 4 * H) + 2 * D, 4 * D
-    # The embedding's, and the head's from each of the four slots.
-    tables = 5 * classes * D // tensor
-    few = 8  # The loss, and numbers of tokens.
-    found = {}
-    # Gradients, on every axis whose devices see other tokens; a slice of each matrix where fsdp has cut it already.
-    whole = norms + rows + tables + few
-    if fsdp == 1 and data > 1:
-        found["all-reduce over data"] = whole + matrices
-    if fsdp > 1:
-        # Squares of 11 matrices' slices, for two norms of the gradient and one of the parameters.
-        found["all-reduce over fsdp"] = matrices + 3 * 11 + (whole if data == 1 else 0)
-        # Every matrix whole, forward and backward.
-        found["all-gather over fsdp"] = 2 * matrices
-    if fsdp > 1 and data > 1:
-        found["all-reduce over data+fsdp"] = whole
-        found["all-reduce over data"] = matrices // fsdp
-    if context > 1:
-        # Keys and values of the condition are the same on all devices: their gradients are summed, and what follows
-        # from them is then known everywhere.
-        condition = L * 2 * D * heads // tensor
-        known = condition + L * H + D
-        keys_values = L * 2 * windows * CONTEXT * heads // tensor
-        found["all-reduce over context"] = whole + matrices - known + keys_values
-        # Queries, keys, values and the result, there and back again.
-        found["all-to-all over context"] = L * 8 * windows * length * heads // tensor
-    if tensor > 1:
-        states = windows * length * D
-        # After attention, attention and feed-forward network, and before them in the backward pass; the embedding and
-        # the gradient of the last states; the condition's gradient; of every token maximum, sum and label's logit.
-        found["all-reduce over tensor"] = (
-            6 * L * states + 2 * states + L * windows * CONTEXT * D + 3 * windows * length + L * 4 * H + 3 * 13
-        )
-    return found
+    return compile_steps("cpu", {}, *MESHES)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -168,7 +115,7 @@ def test_pure_data_parallelism_sums_gradients_once_and_gathers_nothing(compiled)
 
 
 def test_micro_batches_add_up_on_their_device_and_are_summed_once():
-    parts = compile_steps({"accumulate": 2}, "data:8")["data:8"]
+    parts = compile_steps("cpu", {"accumulate": 2}, "data:8")["data:8"]
     assert set(parts) == {"all-reduce over data"}
     row = parts["all-reduce over data"]
     # The head's gradients of the four slots are one by then; beside them the loss and the number of tokens.
