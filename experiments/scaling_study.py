@@ -84,7 +84,7 @@ def main() -> None:
     if not STAGES.value or not set(STAGES.value) <= {"one", "two"}:
         raise UserError(f"--stages={','.join(STAGES.value)} must be of one, two.")
     if MODE.value == "predict":
-        # It needs no device at hand, and an idle GPU plugin would complain.
+        # It needs no device at hand.
         jax.config.update("jax_platforms", "cpu")
         if COMPILER.value == "gpu":
             gpu_programs.require_gpu_compiler()

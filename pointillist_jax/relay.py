@@ -44,17 +44,29 @@ def connect(target: tuple[str, int]) -> socket.socket | None:
     return far
 
 
+def lives(target: tuple[str, int]) -> bool:
+    """Whether the coordinator speaks: gRPC does so as soon as a connection is there.
+
+    One that is being killed takes connections for a moment, because its sockets are closed one after the other.
+    """
+    far = connect(target)
+    if far is None:
+        return False
+    with far, contextlib.suppress(OSError):
+        far.settimeout(10)
+        return bool(far.recv(1))
+    return False
+
+
 def pump(source: socket.socket, sink: socket.socket, target: tuple[str, int] | None = None) -> None:
     """Copies until the source ends. `target`: of the coordinator, if that is the source."""
     with contextlib.suppress(OSError):
         while data := source.recv(1 << 16):
             sink.sendall(data)
     if target is not None:
-        again = connect(target)
-        if again is None:
+        if not lives(target):
             print("gone", flush=True)
             return
-        again.close()
     with contextlib.suppress(OSError):
         sink.shutdown(socket.SHUT_RDWR)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 
 import jax
 from jax.experimental import topologies
@@ -45,19 +46,20 @@ dnn_version_info { major: 9 minor: 10 }
 runtime_version { major: 12 minor: 9 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-# Its own folder, because a plugin that JAX finds without a GPU complains at the start of every program.
-FOLDER = "outputs/gpu_compiler"
+# Its own folder, which only processes that compile look into: without a GPU the plugin complains in every program.
+FOLDER = Path("outputs/gpu_compiler")
 INSTALL = (
-    f"pip install --no-deps --target {FOLDER} jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__} "
-    f"and run with PYTHONPATH={FOLDER}"
+    f"pip install --upgrade --no-deps --target {FOLDER} jax-cuda12-plugin=={jax.__version__} "
+    f"jax-cuda12-pjrt=={jax.__version__}"
 )
 
 
 def has_gpu_compiler() -> bool:
-    """Whether JAX's CUDA plugin can be imported, with GPUs or without."""
-    if importlib.util.find_spec("jax_plugins") is None:
-        return False
-    return any(importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13))
+    """Whether JAX's CUDA plugin lies in `FOLDER` or in this environment, with GPUs or without."""
+    if (FOLDER / "jax_plugins").is_dir():
+        return True
+    found = importlib.util.find_spec("jax_plugins") is not None
+    return found and any(importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13))
 
 
 def require_gpu_compiler() -> None:
@@ -69,7 +71,9 @@ def require_gpu_compiler() -> None:
 def environment() -> dict[str, str]:
     """Variables of a process that is to call `gpu_devices`, to be set before it starts."""
     untuned = "--xla_gpu_autotune_level=0"
+    path = [str(FOLDER.resolve())] if FOLDER.is_dir() else []
     return {
+        "PYTHONPATH": os.pathsep.join(filter(None, [*path, os.environ.get("PYTHONPATH")])),
         "JAX_PLATFORMS": "cpu",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {untuned}".strip(),

@@ -42,7 +42,8 @@ def test_both_stages_are_measured_and_resumed(tmp_path):
 
 
 def test_predictions_of_devices_that_are_not_there(tmp_path):
-    arguments = ("--mode=predict", "--device_counts=1,2", "--hardware=A100,H20", f"--workdir={tmp_path}", *SMALL)
+    arguments = ("--mode=predict", "--compiler=cpu", "--device_counts=1,2", "--hardware=A100,H20",
+                 f"--workdir={tmp_path}", *SMALL)  # fmt: skip
     found = study(*arguments)
     rows = scaling_report.read_rows(tmp_path / "rows.jsonl")
     assert found["rows_compiled"] == len(rows) == 5

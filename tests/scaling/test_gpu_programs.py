@@ -53,7 +53,7 @@ def test_rows_of_two_machines(stage):
 
 @pytest.mark.skipif(gpu_programs.has_gpu_compiler(), reason="XLA's GPU compiler is installed")
 def test_without_the_compiler_the_sentence_says_how_to_get_it():
-    with pytest.raises(UserError, match="pip install --no-deps --target"):
+    with pytest.raises(UserError, match="pip install --upgrade --no-deps --target"):
         gpu_programs.gpu_devices(8)
 
 
