@@ -63,10 +63,9 @@ def pump(source: socket.socket, sink: socket.socket, target: tuple[str, int] | N
     with contextlib.suppress(OSError):
         while data := source.recv(1 << 16):
             sink.sendall(data)
-    if target is not None:
-        if not lives(target):
-            print("gone", flush=True)
-            return
+    if target is not None and not lives(target):
+        print("gone", flush=True)
+        return
     with contextlib.suppress(OSError):
         sink.shutdown(socket.SHUT_RDWR)
 
