@@ -119,7 +119,7 @@ def measured(study: Mapping[str, Any], config: Config, workdir: Path) -> tuple[s
         peak = device_peak(row["device"])
         predicted_s = error = mfu = math.nan
         if row["stage"] == "one":
-            predicted_s = step_time(step_cost(row, config), hardware(row), 1.0 if row["simulated"] else 0.5).middle
+            predicted_s = step_time(step_cost(row, config), hardware(row), 0.5).middle
             error = predicted_s / row["seconds"] - 1
             errors.append(error)
             flops = row["batch"] * training_flops(transformer_flops(config.model, context_length(config.model)))
@@ -133,10 +133,13 @@ def measured(study: Mapping[str, Any], config: Config, workdir: Path) -> tuple[s
              f"{(row.get('peak_bytes') or needed_bytes(row)) / 2**20:,.0f}", f"{row['compile_s']:.1f}",
              f"{predicted_s:.3f}" if predicted_s == predicted_s else "–", _percent(error, signed=True)]
         )  # fmt: skip
-    for name, series in (("throughput", throughput), ("efficiency", efficiency)):
-        label = "tokens (stage two: pictures) a second, all devices" if name == "throughput" else "efficiency"
-        points = {key: sorted(values) for key, values in series.items()}
-        write_image(workdir / f"{name}.png", line_chart(points, {}, "devices", label))
+    for name, series, what in (
+        ("throughput", throughput, "tokens (stage two: pictures) a second, all devices"),
+        ("efficiency", efficiency, "efficiency"),
+    ):
+        best = {key: sorted({x: max(y for at, y in found if at == x) for x, _ in found}.items())
+                for key, found in series.items()}  # fmt: skip
+        write_image(workdir / f"{name}.png", line_chart(best, {}, "devices", f"{what}, best mesh"))
     note = "Simulated devices share this machine's cores: efficiency compares the whole rate with one device's.\n\n"
     failed = [f"* `{row['mesh']}`, batch {row['batch']}: {row['failed']}" for row in study["rows"] if "failed" in row]
     text = (note if simulated else "") + markdown(table) + ("\n\nFailed:\n" + "\n".join(failed) if failed else "")
