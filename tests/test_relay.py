@@ -46,6 +46,12 @@ def said(process: subprocess.Popen) -> bytes:
     return process.stdout.readline() if ready else b""
 
 
+def asked_again(far: socket.socket, coordinator: socket.socket) -> socket.socket:
+    """The coordinator's end of what the relay tries when the connection has ended."""
+    far.close()
+    return coordinator.accept()[0]
+
+
 def stays_open(near: socket.socket) -> bool:
     near.settimeout(0.5)
     try:
@@ -64,17 +70,13 @@ def test_a_coordinator_that_is_gone_is_told_and_the_near_end_stays(started, coor
 
 def test_one_that_is_being_killed_still_takes_connections(started, coordinator):
     process, near, far = started
-    far.close()
-    dying, _ = coordinator.accept()
-    dying.close()
+    asked_again(far, coordinator).close()
     assert said(process) == b"gone\n"
     assert stays_open(near)
 
 
 def test_a_connection_that_a_living_one_ends_is_ended(started, coordinator):
     _, near, far = started
-    far.close()
-    alive, _ = coordinator.accept()
-    alive.sendall(b"settings")
-    assert near.recv(1) == b""
-    alive.close()
+    with asked_again(far, coordinator) as alive:
+        alive.sendall(b"settings")
+        assert near.recv(1) == b""

@@ -2,8 +2,8 @@
 
 JAX's CUDA plugin compiles for a GPU that is only described to it, however many and in however many machines. The
 programs cannot run here, but they say what a device holds and which collectives it takes part in, as on the real mesh.
-Kernels are not tuned, because that needs the device; buffers and collectives do not depend on it. Attention is
-`chunked`: cuDNN's plans are made on the device as well, and keep no more than `chunked` does (outputs and row sums).
+Kernels are not tuned, because that needs the device: workspaces of tuned ones are not counted. Attention is `chunked`,
+because cuDNN's plans are made on the device as well.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ dnn_version_info { major: 9 minor: 10 }
 runtime_version { major: 12 minor: 9 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+
 # Its own folder, which only processes that compile look into: without a GPU the plugin complains in every program.
 FOLDER = Path("outputs/gpu_compiler")
 INSTALL = (
