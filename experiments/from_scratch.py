@@ -24,22 +24,30 @@ from pointillist_jax.gaussians import Avatar, load_avatar, save_avatar, save_ply
 from pointillist_jax.playback import AvatarRenderer
 from pointillist_jax.tokens import PointTokenizer
 
+# Part → what it writes. A run may end after any of them.
 OUTPUTS = {
-    "head.png": "what the head can do: identities, expressions, jaw, eyes, neck",
-    "people/gallery.png": "the synthetic people; the folders beside it are capture folders with their truth",
-    "fits/": "one of them fitted from its pictures; report.png in it shows truth beside fit",
-    "tokens/": "everyone as a token sequence, with the portrait and head it is to be generated from",
-    "ar/": "the transformer after some minutes: curve.png, card.json, checkpoints",
-    "clouds/clouds.png": "the cloud it writes for somebody it never saw, beside the truth",
-    "decoder/": "the Gaussian decoder: curve.png, card.json, strips/ (renders above photographs), checkpoints",
-    "from_portrait.mp4": "portrait to avatar, turning and talking; avatars/portrait/ is the bundle",
-    "evaluation/": "held-out people's avatars against their photographs, beside two guesses",
-    "splats.png": "the fitted person as an avatar: views and expressions",
-    "talking.mp4": "the same, turning and talking",
-    "frame.ply": "it with its head turned as a standard splat file: open it in any 3DGS viewer",
-    "avatar/": "the fitted person's bundle: canonical splats, rig, card",
+    "fit": {
+        "head.png": "what the head can do: identities, expressions, jaw, eyes, neck",
+        "people/gallery.png": "the synthetic people; the folders beside it are capture folders with their truth",
+        "fits/": "one of them fitted from its pictures; report.png in it shows truth beside fit",
+        "splats.png": "the fitted person as an avatar: views and expressions",
+        "talking.mp4": "the same, turning and talking",
+        "frame.ply": "it with its head turned as a standard splat file: open it in any 3DGS viewer",
+        "avatar/": "the fitted person's bundle: canonical splats, rig, card",
+    },
+    "transformer": {
+        "tokens/": "everyone as a token sequence, with the portrait and head it is to be generated from",
+        "ar/": "the transformer after some minutes: curve.png, card.json, checkpoints",
+        "clouds/clouds.png": "the cloud it writes for somebody it never saw, beside the truth",
+    },
+    "avatar": {
+        "decoder/": "the Gaussian decoder: curve.png, card.json, strips/ (renders above photographs), checkpoints",
+        "from_portrait.mp4": "portrait to avatar, turning and talking; avatars/portrait/ is the bundle",
+        "evaluation/": "held-out people's avatars against their photographs, beside two guesses",
+    },
 }
-STAGES = 10
+PARTS = tuple(OUTPUTS)
+_STAGES = {"fit": 4, "transformer": 3, "avatar": 3}
 _SUBJECT = "person_0001"
 
 
@@ -51,6 +59,7 @@ class Scale:
       people: synthetic people. frames, size: of the videos. seed: which people.
       smoke: the smallest setting: few small pictures, few steps.
       flame: the user's FLAME .pkl, or None for the open head.
+      until: the last of `PARTS` to run.
     """
 
     people: int
@@ -59,14 +68,28 @@ class Scale:
     seed: int
     smoke: bool
     flame: str | None
+    until: str = PARTS[-1]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return PARTS[: PARTS.index(self.until) + 1]
+
+    @property
+    def stages(self) -> int:
+        return sum(_STAGES[part] for part in self.parts)
+
+    @property
+    def outputs(self) -> dict[str, str]:
+        return {name: what for part in self.parts for name, what in OUTPUTS[part].items()}
 
 
 def train_from_scratch(workdir: Path, model: FlameModel, scale: Scale, stages: Stages) -> list[Section]:
-    """Runs everything; returns what the report shows."""
+    """Runs all parts; returns what the report shows."""
+    run = {"fit": _fit, "transformer": _transformer, "avatar": _avatar}
+    return [section for part in scale.parts for section in run[part](workdir, model, scale, stages)]
 
-    def script(name: str, *arguments: str) -> None:
-        run_script(name, *arguments, *([f"--flame={scale.flame}"] if scale.flame else []))
 
+def _fit(workdir: Path, model: FlameModel, scale: Scale, stages: Stages) -> list[Section]:
     smoke = scale.smoke
     with stages.stage(f"head: {model.source}, {model.num_vertices} vertices, {model.num_faces} faces"):
         full = model if scale.flame or smoke else open_head("full")
@@ -75,75 +98,91 @@ def train_from_scratch(workdir: Path, model: FlameModel, scale: Scale, stages: S
     with stages.stage(f"{people} synthetic people, and captures of them"):
         size, timesteps = (48, 4) if smoke else (128, 8)
         pictures = [f"--timesteps={timesteps}", f"--size={size}", f"--portrait_size={112 if smoke else 512}"]
-        script("make_identities", f"--workdir={workdir}/people", f"--num_identities={people}", *pictures,
-               f"--seed={scale.seed}", "--overwrite")  # fmt: skip
+        _script(scale, "make_identities", f"--workdir={workdir}/people", f"--num_identities={people}", *pictures,
+                f"--seed={scale.seed}", "--overwrite")  # fmt: skip
     with stages.stage(f"Gaussians fitted to the pictures of {_SUBJECT}"):
         fewer = ["--config.fit.iterations=20", "--config.fit.densify_from=5", "--config.fit.densify_interval=5"]
-        script("fit", f"--capture={workdir}/people/{_SUBJECT}", f"--workdir={workdir}/fits", "--overwrite",
-               *(fewer if smoke else []))  # fmt: skip
-    with stages.stage("everyone as tokens"):
-        script("tokenize", f"--fits={workdir}/people", f"--workdir={workdir}/tokens", "--overwrite")
-    with stages.stage("the autoregressive transformer, for some minutes"):
-        settings = {"data.held_out": 2, "train.steps": 200, "train.eval_every": 100}
-        if smoke:
-            settings = {"data.held_out": 1, "data.stride": 64, "model.window": 64, "model.layers": 1, "train.steps": 4}
-        script("train_ar", f"--store={workdir}/tokens", f"--workdir={workdir}/ar", "--overwrite",
-               *config_flags(settings))  # fmt: skip
-    unseen = read_json(workdir / "ar" / "card.json", "the card of a training")["held_out"][0]
-    # Unlikely tokens are cut off: after minutes of training they lead astray, and a cloud takes thousands of draws.
-    drawing = ("--top_p=0.9", "--temperature=0.7", f"--max_points={32 if smoke else 8000}")
-    with stages.stage(f"the cloud of {unseen}, whom it never saw, from the portrait"):
-        script("generate", f"--ar={workdir}/ar", f"--store={workdir}/tokens", f"--subjects={unseen}",
-               f"--workdir={workdir}/clouds", *drawing, "--overwrite")  # fmt: skip
-    with stages.stage("the Gaussian decoder, for some minutes"):
-        script("extract_features", f"--ar={workdir}/ar", f"--store={workdir}/tokens", f"--workdir={workdir}/features",
-               "--overwrite")  # fmt: skip
-        settings = {"decoder.layers": 1, "decoder.train.steps": 2} if smoke else {"decoder.train.steps": 160}
-        script("train_decoder", f"--features={workdir}/features", f"--captures={workdir}/people",
-               f"--workdir={workdir}/decoder", f"--downscale={1 if smoke else 2}", "--overwrite",
-               *config_flags(settings))  # fmt: skip
-    moving = (f"--frames={scale.frames}", f"--size={scale.size}", "--overwrite")
-    with stages.stage(f"the portrait of {unseen} as an avatar"):
-        person = workdir / "people" / unseen
-        script("reconstruct", f"--ar={workdir}/ar", f"--decoder={workdir}/decoder",
-               f"--portrait={person}/portrait.png", f"--tracker={person}/portrait_flame_param.npz",
-               f"--workdir={workdir}/avatars", *drawing, "--overwrite")  # fmt: skip
-        script("animate", f"--avatar={workdir}/avatars/portrait", f"--output={workdir}/from_portrait.mp4", *moving)
-    with stages.stage("held-out people against their photographs"):
-        script("evaluate", f"--ar={workdir}/ar", f"--decoder={workdir}/decoder", f"--store={workdir}/tokens",
-               f"--captures={workdir}/people", f"--fits={workdir}/people", "--protocols=self", *drawing,
-               f"--workdir={workdir}/evaluation", "--overwrite")  # fmt: skip
+        _script(scale, "fit", f"--capture={workdir}/people/{_SUBJECT}", f"--workdir={workdir}/fits", "--overwrite",
+                *(fewer if smoke else []))  # fmt: skip
     with stages.stage("the fitted person as an avatar"):
         _show(workdir, model, _fitted_avatar(workdir, model), scale.size)
-        script("animate", f"--avatar={workdir}/avatar", f"--output={workdir}/talking.mp4", *moving)
-    return _sections(workdir, unseen)
+        _script(scale, "animate", f"--avatar={workdir}/avatar", f"--output={workdir}/talking.mp4", *_moving(scale))
+    return [
+        _section(workdir, "People", {"people/gallery.png": "Synthetic people and their numbers of Gaussians"}),
+        _section(workdir, "A fit", {f"fits/{_SUBJECT}/report.png": "Photographs, and the fitted Gaussians"}),
+        _section(workdir, "The fitted person", {"talking.mp4": "Turning and talking",
+                                                "splats.png": "Views and expressions"}),
+    ]  # fmt: skip
 
 
-def _sections(workdir: Path, unseen: str) -> list[Section]:
-    minutes = "Minutes of training on a handful of people show that everything works, not how good the method is."
-    shown = {
-        "People": {"people/gallery.png": "Synthetic people and their numbers of Gaussians"},
-        "A fit": {f"fits/{_SUBJECT}/report.png": "Photographs, and the fitted Gaussians"},
-        "Stage one": {
-            "ar/curve.png": "Loss of the transformer, nats per token",
-            "clouds/clouds.png": f"The cloud it wrote for {unseen}, and the truth",
-        },
-        "Stage two": {"decoder/curve.png": "PSNR of the decoder's renders"},
-        "Portrait to avatar": {"from_portrait.mp4": unseen},
-        "The fitted person": {"talking.mp4": "Turning and talking", "splats.png": "Views and expressions"},
+def _transformer(workdir: Path, model: FlameModel, scale: Scale, stages: Stages) -> list[Section]:
+    with stages.stage("everyone as tokens"):
+        _script(scale, "tokenize", f"--fits={workdir}/people", f"--workdir={workdir}/tokens", "--overwrite")
+    with stages.stage("the autoregressive transformer, for some minutes"):
+        settings = {"data.held_out": 2, "train.steps": 200, "train.eval_every": 100}
+        if scale.smoke:
+            settings = {"data.held_out": 1, "data.stride": 64, "model.window": 64, "model.layers": 1, "train.steps": 4}
+        _script(scale, "train_ar", f"--store={workdir}/tokens", f"--workdir={workdir}/ar", "--overwrite",
+                *config_flags(settings))  # fmt: skip
+    unseen = _unseen(workdir)
+    with stages.stage(f"the cloud of {unseen}, whom it never saw, from the portrait"):
+        _script(scale, "generate", f"--ar={workdir}/ar", f"--store={workdir}/tokens", f"--subjects={unseen}",
+                f"--workdir={workdir}/clouds", *_drawing(scale), "--overwrite")  # fmt: skip
+    figures = {
+        "ar/curve.png": "Loss of the transformer, nats per token",
+        "clouds/clouds.png": f"The cloud it wrote for {unseen}, and the truth",
     }
-    sections = [
-        Section(
-            title,
-            note=minutes if title == "Portrait to avatar" else "",
-            figures=[(workdir / name, caption) for name, caption in figures.items()],
-        )
-        for title, figures in shown.items()
+    return [_section(workdir, "Stage one", figures)]
+
+
+def _avatar(workdir: Path, model: FlameModel, scale: Scale, stages: Stages) -> list[Section]:
+    with stages.stage("the Gaussian decoder, for some minutes"):
+        _script(scale, "extract_features", f"--ar={workdir}/ar", f"--store={workdir}/tokens",
+                f"--workdir={workdir}/features", "--overwrite")  # fmt: skip
+        settings = {"decoder.layers": 1, "decoder.train.steps": 2} if scale.smoke else {"decoder.train.steps": 160}
+        _script(scale, "train_decoder", f"--features={workdir}/features", f"--captures={workdir}/people",
+                f"--workdir={workdir}/decoder", f"--downscale={1 if scale.smoke else 2}", "--overwrite",
+                *config_flags(settings))  # fmt: skip
+    unseen = _unseen(workdir)
+    with stages.stage(f"the portrait of {unseen} as an avatar"):
+        person = workdir / "people" / unseen
+        _script(scale, "reconstruct", f"--ar={workdir}/ar", f"--decoder={workdir}/decoder",
+                f"--portrait={person}/portrait.png", f"--tracker={person}/portrait_flame_param.npz",
+                f"--workdir={workdir}/avatars", *_drawing(scale), "--overwrite")  # fmt: skip
+        _script(scale, "animate", f"--avatar={workdir}/avatars/portrait", f"--output={workdir}/from_portrait.mp4",
+                *_moving(scale))  # fmt: skip
+    with stages.stage("held-out people against their photographs"):
+        _script(scale, "evaluate", f"--ar={workdir}/ar", f"--decoder={workdir}/decoder", f"--store={workdir}/tokens",
+                f"--captures={workdir}/people", f"--fits={workdir}/people", "--protocols=self", *_drawing(scale),
+                f"--workdir={workdir}/evaluation", "--overwrite")  # fmt: skip
+    note = "Minutes of training on a handful of people show that everything works, not how good the method is."
+    return [
+        _section(workdir, "Stage two", {"decoder/curve.png": "PSNR of the decoder's renders"}),
+        _section(workdir, "Portrait to avatar", {"from_portrait.mp4": unseen}, note),
+        Section("Evaluation", links={"evaluation/table.md": "tables of all scores"}),
     ]
-    table = workdir / "evaluation" / "table.md"
-    if table.is_file():
-        sections.insert(-1, Section("Evaluation", links={"evaluation/table.md": "tables of all scores"}))
-    return sections
+
+
+def _script(scale: Scale, name: str, *arguments: str) -> None:
+    run_script(name, *arguments, *([f"--flame={scale.flame}"] if scale.flame else []))
+
+
+def _unseen(workdir: Path) -> str:
+    """A person whom the transformer never saw."""
+    return read_json(workdir / "ar" / "card.json", "the card of a training")["held_out"][0]
+
+
+def _drawing(scale: Scale) -> tuple[str, ...]:
+    # Unlikely tokens are cut off: after minutes of training they lead astray, and a cloud takes thousands of draws.
+    return "--top_p=0.9", "--temperature=0.7", f"--max_points={32 if scale.smoke else 8000}"
+
+
+def _moving(scale: Scale) -> tuple[str, ...]:
+    return f"--frames={scale.frames}", f"--size={scale.size}", "--overwrite"
+
+
+def _section(workdir: Path, title: str, figures: dict[str, str], note: str = "") -> Section:
+    return Section(title, note=note, figures=[(workdir / name, caption) for name, caption in figures.items()])
 
 
 def _fitted_avatar(workdir: Path, model: FlameModel) -> Avatar:

@@ -2,7 +2,7 @@
 
     python -m experiments.quickstart [--workdir=outputs/quickstart]
     python -m experiments.quickstart --portrait=photo.jpg [--flame=flame_param.npz] [--crop=300,60,520]
-    python -m experiments.quickstart --train [--flame=flame2023.pkl] [--smoke]
+    python -m experiments.quickstart --train [--until=fit|transformer] [--flame=flame2023.pkl] [--smoke]
 
 With the weights that the package ships: the portrait of a synthetic person whom they never saw, or a photograph of
 yours, becomes points with the faces they are bound to, then Gaussians, then an avatar, a video, a sheet, a splat file,
@@ -10,8 +10,9 @@ an avatar bundle and report.html, which shows it all with timings and scores. `-
 the photograph.
 
 `--train` trains everything from nothing instead, at the smallest useful scale, each step by a script of its own whose
-command is printed: people → fit → tokens → transformer → features → decoder → avatar → evaluation. There `--flame` may
-be your FLAME .pkl. Needs no GPU, no torch and no files of yours.
+command is printed: people → fit → tokens → transformer → features → decoder → avatar → evaluation. `--until=fit` ends
+with people and one of them fitted, truth beside fit; `--until=transformer` with the cloud it writes. There `--flame`
+may be your FLAME .pkl. Needs no GPU, no torch and no files of yours.
 """
 
 from __future__ import annotations
@@ -30,9 +31,7 @@ from tqdm import tqdm
 from experiments.clouds import cloud_gaussians, render_views, shaded
 from experiments.common import refuse_flags, run
 from experiments.drawing import Drawing, Person, draw_clouds
-from experiments.from_scratch import OUTPUTS as TRAIN_OUTPUTS
-from experiments.from_scratch import STAGES as TRAIN_STAGES
-from experiments.from_scratch import Scale, train_from_scratch
+from experiments.from_scratch import PARTS, Scale, train_from_scratch
 from experiments.heads import choose_head
 from experiments.html_report import Section, Table, write_report
 from experiments.media import write_image, write_video
@@ -56,6 +55,7 @@ PORTRAIT = flags.DEFINE_string("portrait", None, "A photograph of a head; a synt
 CROP = flags.DEFINE_list("crop", None, "Square of --portrait to use: left,top,side in pixels; head and shoulders.")
 FLAME = flags.DEFINE_string("flame", None, "What a FLAME tracker found in --portrait; with --train your FLAME .pkl.")
 TRAIN = flags.DEFINE_boolean("train", False, "Train everything from nothing, at the smallest useful scale.")
+UNTIL = flags.DEFINE_enum("until", PARTS[-1], PARTS, "With --train: the last part to run.")
 PEOPLE = flags.DEFINE_integer("people", 8, "With --train: synthetic people.", lower_bound=3, upper_bound=1000)
 FRAMES = flags.DEFINE_integer("frames", 96, "Length of the video at 24 frames a second.", lower_bound=2)
 SIZE = flags.DEFINE_integer("size", 256, "Side of the video's pictures in pixels.", lower_bound=32, upper_bound=2048)
@@ -88,12 +88,12 @@ def main() -> None:
     if TRAIN.value:
         refuse_flags(("portrait", "crop"), "with --train, which photographs people of its own")
         model = choose_head(FLAME.value, None if FLAME.value else "coarse")
-        stages, outputs = Stages(TRAIN_STAGES), {"report.html": OUTPUTS["report.html"], **TRAIN_OUTPUTS}
-        scale = Scale(PEOPLE.value, *video_size(), SEED.value, SMOKE.value, FLAME.value)
+        scale = Scale(PEOPLE.value, *video_size(), SEED.value, SMOKE.value, FLAME.value, UNTIL.value)
+        stages, outputs = Stages(scale.stages), {"report.html": OUTPUTS["report.html"], **scale.outputs}
         sections = train_from_scratch(workdir, model, scale, stages)
-        lead = "From nothing to a talking avatar, at the smallest useful scale."
+        lead = "Everything from nothing, at the smallest useful scale."
     else:
-        refuse_flags(("people",), "without --train")
+        refuse_flags(("people", "until"), "without --train")
         stages, outputs = Stages(6), dict(OUTPUTS)
         sections = show_pretrained(workdir, stages, outputs)
         lead = "One portrait → points with their faces → Gaussians → an avatar in motion."

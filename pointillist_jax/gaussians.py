@@ -36,7 +36,10 @@ from pointillist_jax.ply import ply_matrix, read_ply_vertices
 
 # Y_00 of the real spherical harmonics: colour = 0.5 + SH_C0 · f_dc.
 SH_C0 = 0.28209479177387814
-_SH_REST = {0: 0, 9: 1, 24: 2, 45: 3, 72: 4}
+# How many f_rest_* properties SH degrees 0 to 4 have. GaussianAvatars' viewer demands those of degree 3, whatever was
+# fitted, so that its layout pads lower degrees with zeros.
+_SH_REST = (0, 9, 24, 45, 72)
+_PADDED_REST = 45
 _WHAT = "a Gaussian splatting file, or a mesh or plain point cloud"
 _BUNDLE_FORMAT, _BUNDLE_VERSION = "pointillist-avatar", 1
 
@@ -89,7 +92,8 @@ def load_ply(path: str | os.PathLike, *, num_faces: int | None = None) -> Gaussi
       num_faces: of the head that bindings refer to, to check them against.
 
     Returns:
-      Activated float32 values: `colors` for SH degree 0, else `sh` [G, K, 3].
+      Activated float32 values: `colors` for SH degree 0, else `sh` [G, K, 3]. With a binding, degrees that are zero
+      throughout are padding and left out.
 
     Raises:
       FileNotFoundError: no such file.
@@ -117,13 +121,15 @@ def load_ply(path: str | os.PathLike, *, num_faces: int | None = None) -> Gaussi
             f"{path}: scale_0..2 reach {raw_scales.max():.3g}, but are logarithms (e^80 overflows): the file holds "
             "linear scales or is damaged; write log(scale)."
         )
+    binding = _load_binding(path, columns, num_faces) if "binding_0" in columns else None
+    rest = rest.reshape(len(rest), 3, len(rest_names) // 3)
+    if binding is not None:
+        rest = rest[..., : next(n // 3 for n in _SH_REST if not rest[..., n // 3 :].any())]
     colors = sh = None
-    if rest_names:
-        channel_major = rest.reshape(len(rest), 3, len(rest_names) // 3)
-        sh = jnp.asarray(np.concatenate([dc[:, None], channel_major.transpose(0, 2, 1)], axis=1))
+    if rest.shape[2]:
+        sh = jnp.asarray(np.concatenate([dc[:, None], rest.transpose(0, 2, 1)], axis=1))
     else:
         colors = jnp.asarray(0.5 + SH_C0 * dc)
-    binding = _load_binding(path, columns, num_faces) if "binding_0" in columns else None
     return Gaussians(
         means=jnp.asarray(means),
         quats=jnp.asarray((quats / norms).astype(np.float32)),
@@ -137,7 +143,7 @@ def load_ply(path: str | os.PathLike, *, num_faces: int | None = None) -> Gaussi
 
 
 def save_ply(path: str | os.PathLike, gaussians: Gaussians) -> None:
-    """Writes a binary 3DGS PLY; with `binding` set, GaussianAvatars' layout (`binding_0` last). Atomic.
+    """Writes a binary 3DGS PLY; with `binding` set, GaussianAvatars' layout (at least SH degree 3, `binding_0` last). Atomic.
 
     To bake one animated frame for any splat viewer: `save_ply(path, animate(avatar, model, params))`.
 
@@ -167,14 +173,16 @@ def save_ply(path: str | os.PathLike, gaussians: Gaussians) -> None:
     if g and np.linalg.norm(np.asarray(gaussians.quats, np.float64), axis=1).min() < 1e-12:
         raise UserError("quats holds rotations of length zero; nothing was written.")
     if gaussians.sh is None:
-        dc, rest = (np.asarray(gaussians.colors, np.float64) - 0.5) / SH_C0, np.zeros((g, 0))
+        dc, rest = (np.asarray(gaussians.colors, np.float64) - 0.5) / SH_C0, np.zeros((g, 3, 0))
     else:
         sh = np.asarray(gaussians.sh, np.float32)
         if sh.ndim != 3 or sh.shape[::2] != (g, 3):
             raise UserError(f"sh has shape {sh.shape}, expected ({g}, K, 3); nothing was written.")
-        dc, rest = sh[:, 0], sh[:, 1:].transpose(0, 2, 1).reshape(g, 3 * (sh.shape[1] - 1))
-        if rest.shape[1] not in _SH_REST:
+        dc, rest = sh[:, 0], sh[:, 1:].transpose(0, 2, 1)
+        if 3 * rest.shape[2] not in _SH_REST:
             raise UserError(f"sh has {sh.shape[1]} coefficients; expected 1, 4, 9, 16 or 25.")
+    if gaussians.binding is not None:
+        rest = np.pad(rest, ((0, 0), (0, 0), (0, max(_PADDED_REST // 3 - rest.shape[2], 0))))
     scales = np.asarray(gaussians.scales, np.float64)
     opacities = np.asarray(gaussians.opacities, np.float64)
     if g and (scales.min() < 0 or opacities.min() < 0 or opacities.max() > 1):
@@ -185,7 +193,7 @@ def save_ply(path: str | os.PathLike, gaussians: Gaussians) -> None:
         "x y z": means,
         "nx ny nz": np.zeros((g, 3)),
         "f_dc_": dc,
-        "f_rest_": rest,
+        "f_rest_": rest.reshape(g, 3 * rest.shape[2]),
         "opacity": np.log(opacities / (1 - opacities)),
         "scale_": np.log(np.maximum(scales, 1e-12)),
         "rot_": gaussians.quats,
