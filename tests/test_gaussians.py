@@ -71,11 +71,16 @@ def test_plyfile_reads_what_we_write_column_by_column(tmp_path, rng, degree):
     np.testing.assert_allclose(vertex["scale_2"], np.log(gaussians.scales[:, 2]), rtol=1e-5)
     np.testing.assert_array_equal(vertex["rot_0"], gaussians.quats[:, 0])
     np.testing.assert_array_equal(vertex["binding_0"], np.arange(37))
-    np.testing.assert_array_equal(vertex["f_dc_1"], gaussians.sh[:, 0, 1])
+    sh = np.zeros((37, 16, 3), np.float32)
+    if degree:
+        sh[:, : (degree + 1) ** 2] = gaussians.sh
+    else:
+        sh[:, 0] = (np.asarray(gaussians.colors) - 0.5) / SH_C0
+    np.testing.assert_allclose(vertex["f_dc_1"], sh[:, 0, 1], rtol=1e-6)
     # Channel-major: the 15 red coefficients first, then green, then blue.
-    np.testing.assert_array_equal(vertex["f_rest_0"], gaussians.sh[:, 1, 0])
-    np.testing.assert_array_equal(vertex["f_rest_16"], gaussians.sh[:, 2, 1])
-    np.testing.assert_array_equal(vertex["f_rest_44"], gaussians.sh[:, 15, 2])
+    np.testing.assert_array_equal(vertex["f_rest_0"], sh[:, 1, 0])
+    np.testing.assert_array_equal(vertex["f_rest_16"], sh[:, 2, 1])
+    np.testing.assert_array_equal(vertex["f_rest_44"], sh[:, 15, 2])
     save_ply(tmp_path / "standard.ply", random_gaussians(rng))
     standard = plyfile.PlyData.read(tmp_path / "standard.ply")["vertex"]
     assert [p.name for p in standard.properties] == names[:9] + names[54:-1]
