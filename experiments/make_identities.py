@@ -255,10 +255,11 @@ def finish(workdir: Path, subjects: list[str], head: dict[str, Any]) -> None:
     for card in cards[:GALLERY]:
         views = np.asarray(iio.imread(workdir / card["subject"] / "views.png"), np.float32) / 255
         side = views.shape[0]
-        images += [views[:, :side], views[:, side : 2 * side]]
+        images += [views[:, i * side : (i + 1) * side] for i in range(3)]  # From the front, three quarters, the side.
         traits = card["traits"]
-        labels += [f"{card['subject'][7:]} {traits['hair_style']}, {traits['beard']}", f"{card['num_gaussians']:,}"]
-    write_image(workdir / "gallery.png", contact_sheet(images, labels, min(8, len(images))))
+        number = f"{card['num_gaussians']:,} Gaussians"
+        labels += [f"{card['subject'][7:]} {traits['hair_style']}", f"beard: {traits['beard']}", number]
+    write_image(workdir / "gallery.png", contact_sheet(images, labels, min(9, len(images))))
 
 
 def _model(job: Job):
