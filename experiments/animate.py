@@ -42,7 +42,7 @@ MOTION = flags.DEFINE_string("motion", "turn_and_talk", f"{', '.join(MOTIONS)}, 
 CAPTURE = flags.DEFINE_string("capture", None, "A capture whose motion, cameras and photographs are used instead.")
 SPLIT = flags.DEFINE_enum("split", "test", ("train", "val", "test"), "Of --capture.")
 CAPTURE_CAMERA = flags.DEFINE_integer("capture_camera", None, "Its camera index; the split's first if not given.")
-CY_FROM_BOTTOM = flags.DEFINE_boolean("cy_from_bottom", False, "As experiments.fit; for --capture and --camera files.")
+CY_FROM_BOTTOM = flags.DEFINE_boolean("cy_from_bottom", None, "As experiments.fit; for --capture and --camera files.")
 CAMERA = flags.DEFINE_string(
     "camera", "front", "front, orbit (once around the head), or a transforms.json; with --capture the capture's own."
 )

@@ -65,7 +65,7 @@ BASELINE_NAMES = flags.DEFINE_list("baselines", ["all"], f"all, none, or some of
 MEAN_OF = flags.DEFINE_integer("mean_of", 24, "Training people in mean_image, by chance; 0 for all.", lower_bound=0)
 VIEWS = flags.DEFINE_integer("views", 48, "Views of each person, spread over the capture; 0 for all.", lower_bound=0)
 DOWNSCALE = flags.DEFINE_integer("downscale", 1, "Divide the pictures' sides by this.", lower_bound=1)
-CY_FROM_BOTTOM = flags.DEFINE_boolean("cy_from_bottom", False, "As experiments.fit.")
+CY_FROM_BOTTOM = flags.DEFINE_boolean("cy_from_bottom", None, "As experiments.fit.")
 FLAME = flags.DEFINE_string("flame", None, "Your FLAME .pkl, if the models were trained with it.")
 IMAGE_WEIGHTS = flags.DEFINE_string("image_weights", None, "DINOv2's weights, for models with frozen encoders.")
 POINT_WEIGHTS = flags.DEFINE_string("point_weights", None, "Michelangelo's weights, for models with frozen encoders.")

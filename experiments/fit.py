@@ -48,7 +48,7 @@ DOWNSCALE = flags.DEFINE_integer("downscale", 1, "Divides the size of the images
 IDENTITY = flags.DEFINE_enum(
     "identity", "check", ["check", "first"], "Shape and offset of all timesteps: one, or the first's (UNION sets)."
 )
-CY_FROM_BOTTOM = flags.DEFINE_boolean("cy_from_bottom", False, "cy counts from the lower border, as VHAP exports it.")
+CY_FROM_BOTTOM = flags.DEFINE_boolean("cy_from_bottom", None, "cy counts from the lower border, as VHAP exports it.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the order of views and the places of split Gaussians.", lower_bound=0)
 COMPARE = flags.DEFINE_boolean("compare_density", False, "Fit with and without density control and compare.")
 PROCESSES = flags.DEFINE_integer("processes", 1, "Subjects fitted side by side.", lower_bound=1)
@@ -78,7 +78,7 @@ class Job:
     detail: str | None
     downscale: int
     identity: str
-    cy_from_bottom: bool
+    cy_from_bottom: bool | None
 
 
 def main() -> None:
@@ -179,7 +179,7 @@ def prepare(jobs: list[Job]) -> None:
 
 def settings_of(job: Job) -> dict[str, Any]:
     """What decides a fit besides its capture and its head."""
-    settings = {"downscale": job.downscale, "identity": job.identity, "cy_from_bottom": job.cy_from_bottom}
+    settings = {"downscale": job.downscale, "identity": job.identity, "cy_from_bottom": bool(job.cy_from_bottom)}
     return {**settings, "config": dataclasses.asdict(job.config)}
 
 

@@ -69,7 +69,7 @@ INIT = flags.DEFINE_string(
 )
 DOWNSCALE = flags.DEFINE_integer("downscale", 1, "Divide the pictures' sides by this.", lower_bound=1)
 IDENTITY = flags.DEFINE_enum("identity", "check", ("check", "first"), "As experiments.fit.")
-CY_FROM_BOTTOM = flags.DEFINE_boolean("cy_from_bottom", False, "As experiments.fit.")
+CY_FROM_BOTTOM = flags.DEFINE_boolean("cy_from_bottom", None, "As experiments.fit.")
 COMPARE = flags.DEFINE_list("compare", [], "Train these one after another and print one table: all, or some of full, "
                             "ar_only, position_only, flame_vertices, mean_colour.")  # fmt: skip
 CONFIG = define_config("decoder", "data")

@@ -7,8 +7,11 @@ centres at +0.5. NeRF-style files hold camera-to-world matrices in OpenGL axes: 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
+import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,12 @@ from jaxtyping import Array, Float
 
 from pointillist_jax.files import FileFormatError, read_json
 
+_log = logging.getLogger(__name__)
+
 _GL_TO_CV = np.diag([1.0, -1.0, -1.0, 1.0])
 _MAX_SIDE = 1 << 15
+# Pixels between the principal point and the middle of the picture that nobody sees.
+_CENTERED = 0.5
 
 
 @flax.struct.dataclass
@@ -60,18 +67,21 @@ class Frame:
     """One entry of a transforms.json (facts/avatars_gsplat.md A.8).
 
     Attributes:
+      index: its place in the file.
       camera: its view, with the frame's own intrinsics; NumPy arrays.
       image_path, mask_path, flame_param_path: absolute or relative to the working directory; None where the file has no
         such key. They are not opened here and may not exist.
-      timestep_index, camera_index: as stored, or 0.
+      timestep_index: as stored, or None: a path of cameras needs none.
+      camera_index: as stored, or 0.
       camera_id, timestep_id: as stored, or "".
     """
 
+    index: int
     camera: Camera
     image_path: Path
     mask_path: Path | None
     flame_param_path: Path | None
-    timestep_index: int
+    timestep_index: int | None
     camera_index: int
     camera_id: str
     timestep_id: str
@@ -146,7 +156,7 @@ def orbit(
 
 
 def load_transforms(
-    path: str | os.PathLike, *, cy_from_bottom: bool = False, problems: list[str] | None = None
+    path: str | os.PathLike, *, cy_from_bottom: bool | None = None, problems: list[str] | None = None
 ) -> list[Frame]:
     """Reads a transforms_*.json in the GaussianAvatars/VHAP (NeRF) schema; see facts/avatars_gsplat.md A.8.
 
@@ -155,7 +165,8 @@ def load_transforms(
 
     Args:
       path: the JSON file; the paths in it are relative to its folder and may lead out of it (`../`, UNION data sets).
-      cy_from_bottom: the file counts cy from the lower border (the gsplat branch of GaussianAvatars reads it so).
+      cy_from_bottom: the file counts cy from the lower border (the gsplat branch of GaussianAvatars reads it so). None
+        is False, with a warning where it makes a difference.
       problems: when given, a damaged frame adds its sentence here and is left out, instead of raising at the first one.
 
     Raises:
@@ -170,16 +181,31 @@ def load_transforms(
     read = []
     for i, frame in enumerate(frames):
         try:
-            read.append(_frame(path, i, frame, content, cy_from_bottom))
+            read.append(_frame(path, i, frame, content, bool(cy_from_bottom)))
         except FileFormatError as error:
             if problems is None:
                 raise
             problems.append(str(error))
+    if cy_from_bottom is None:
+        warn_of_cy(path, read)
     return read
 
 
-def _frame(path: Path, index: int, frame: Any, top: dict[str, Any], cy_from_bottom: bool) -> Frame:
-    where = f"{path}: frame {index}"
+def warn_of_cy(where: str | os.PathLike, frames: Sequence[Frame]) -> None:
+    """Logs one warning if it matters to these frames which border cy is counted from, for callers who did not say."""
+    off = max((abs(float(f.camera.Ks[1, 2]) - f.camera.height / 2) for f in frames), default=0.0)
+    if off > _CENTERED:
+        _log.warning(
+            "%s: cy lies up to %.1f pixels off the middle and is taken as counted from the upper border, though "
+            "GaussianAvatars' gsplat branch counts VHAP's from the lower one: say which with --cy_from_bottom or "
+            "--nocy_from_bottom (cy_from_bottom=True or False).",
+            where,
+            off,
+        )
+
+
+def _frame(path: Path, place: int, frame: Any, top: dict[str, Any], cy_from_bottom: bool) -> Frame:
+    where = f"{path}: frame {place}"
     if not isinstance(frame, dict):
         raise FileFormatError(f"{where} is not an object; write the file again.")
     values = {**top, **frame}
@@ -190,14 +216,14 @@ def _frame(path: Path, index: int, frame: Any, top: dict[str, Any], cy_from_bott
             return None
         good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
         if not good:
-            raise FileFormatError(f"{where}: {key} is {value!r}, expected a number in [{low}, {high}].")
+            raise FileFormatError(f"{where}: {key} is {reprlib.repr(value)}, expected a number in [{low}, {high}].")
         return value
 
-    def index(key: str) -> int:
-        value = number(key, 0, (1 << 31) - 1) or 0
-        if value != int(value):
+    def index(key: str) -> int | None:
+        value = number(key, 0, (1 << 31) - 1)
+        if value is not None and value != int(value):
             raise FileFormatError(f"{where}: {key} is {value!r}, expected a whole number.")
-        return int(value)
+        return None if value is None else int(value)
 
     def required(key: str, low: float, high: float) -> float:
         value = number(key, low, high)
@@ -210,7 +236,7 @@ def _frame(path: Path, index: int, frame: Any, top: dict[str, Any], cy_from_bott
         if value is None:
             return None
         if not isinstance(value, str) or not value or "\0" in value:
-            raise FileFormatError(f"{where}: {key} is {value!r}, expected a path.")
+            raise FileFormatError(f"{where}: {key} is {reprlib.repr(value)}, expected a path.")
         # ".." is meant from where the folder really lies, as the system has it: users link sets together.
         base = path.parent.resolve() if ".." in Path(value).parts else path.parent
         return Path(os.path.normpath(base / value))
@@ -245,12 +271,13 @@ def _frame(path: Path, index: int, frame: Any, top: dict[str, Any], cy_from_bott
         height=int(height),
     )
     return Frame(
+        index=place,
         camera=camera,
         image_path=image,
         mask_path=file("fg_mask_path"),
         flame_param_path=file("flame_param_path"),
         timestep_index=index("timestep_index"),
-        camera_index=index("camera_index"),
+        camera_index=index("camera_index") or 0,
         camera_id=str(frame.get("camera_id", "")),
         timestep_id=str(frame.get("timestep_id", "")),
     )

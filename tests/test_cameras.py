@@ -146,7 +146,26 @@ def test_shared_intrinsics_and_angles(tmp_path, rng):
     np.testing.assert_allclose(second.camera.Ks, [[10, 0, 50], [0, 20, 25], [0, 0, 1]], atol=1e-4)
     own = write(tmp_path / "o.json", {"w": 100, "h": 50, "fl_x": 7, "frames": [frame(rng, camera_angle_x=math.pi / 2)]})
     np.testing.assert_allclose(load_transforms(own)[0].camera.Ks[0, 0], 50, atol=1e-4)
-    assert (first.mask_path, first.flame_param_path, first.timestep_index) == (None, None, 0)
+    assert (first.mask_path, first.flame_param_path, first.timestep_index) == (None, None, None)
+    assert (first.index, second.index) == (0, 1)
+
+
+def test_which_border_cy_is_counted_from_is_asked_where_it_matters(tmp_path, rng, caplog):
+    frames = [frame(rng, w=20, h=16, fl_x=30, cy=cy) for cy in (8.5, 5.0, 10.0)]
+    path = write(tmp_path / "t.json", {"frames": frames})
+    asked = load_transforms(path)
+    (record,) = caplog.records
+    assert "t.json: cy lies up to 3.0 pixels off" in record.getMessage()
+    assert "--cy_from_bottom" in record.getMessage()
+    assert "cy_from_bottom=True" in record.getMessage()
+    caplog.clear()
+    below, above = (load_transforms(path, cy_from_bottom=said) for said in (True, False))
+    assert not caplog.records
+    for n, cy in enumerate((8.5, 5.0, 10.0)):
+        assert asked[n].camera.Ks[1, 2] == above[n].camera.Ks[1, 2] == cy
+        assert below[n].camera.Ks[1, 2] == 16 - cy
+    load_transforms(write(tmp_path / "t.json", {"frames": frames[:1]}))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -158,6 +177,7 @@ def test_shared_intrinsics_and_angles(tmp_path, rng):
         ({"h": True}, "h is True"),
         ({"fl_x": "long"}, "fl_x is 'long'"),
         ({"fl_x": -3}, "fl_x is -3"),
+        ({"fl_x": "9" * 10**6}, r"fl_x is '9+\.\.\.9+', expected"),
         ({"fl_x": None}, "neither fl_x nor camera_angle_x"),
         ({"timestep_index": 1.5}, "timestep_index is 1.5"),
         ({"camera_index": 1 << 31}, "camera_index is 2147483648"),

@@ -10,6 +10,8 @@ import concurrent.futures
 import dataclasses
 import logging
 import os
+import re
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from pointillist_jax.cameras import Camera, Frame, load_transforms
+from pointillist_jax.cameras import Camera, Frame, load_transforms, warn_of_cy
 from pointillist_jax.data.images import ImageCache, check_header
 from pointillist_jax.files import FileFormatError, UserError, read_json
 from pointillist_jax.flame.model import FlameModel, FlameParams
@@ -28,26 +30,22 @@ from pointillist_jax.flame.param_files import load_flame_params
 _log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
-# As many problems as fit on a screen are printed; `CaptureError.problems` has all of them.
-_PRINTED_PROBLEMS = 20
+# As many problems as fit on a screen are told, but of no kind fewer than a few.
+_PRINTED_PROBLEMS, _PRINTED_OF_A_KIND = 20, 3
 # Exporters write float32 copies of the same identity into every timestep's file.
 _SAME_IDENTITY = 1e-5
 
 
 class CaptureError(UserError):
-    """A capture that cannot be used as it is. Lists everything that is wrong with it, not only the first thing.
+    """A capture that cannot be used as it is. Tells every kind of problem that it has, with examples and counts.
 
     Attributes:
-      problems: one sentence each.
+      problems: all of them, one sentence each. A message that leaves some out names a file that lists them.
     """
 
-    def __init__(self, root: Path, problems: Sequence[str]):
+    def __init__(self, message: str, problems: Sequence[str] = ()):
+        super().__init__(message)
         self.problems = tuple(problems)
-        shown = [f"  - {problem}" for problem in self.problems[:_PRINTED_PROBLEMS]]
-        if more := len(self.problems) - len(shown):
-            shown.append(f"  … and {more} more")
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__("\n".join([f"{root} is not a usable capture, {count}:", *shown]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,10 +147,10 @@ def load_capture(
     resize: tuple[int, int] | None = None,
     downscale: int = 1,
     identity: str = "check",
-    cy_from_bottom: bool = False,
+    cy_from_bottom: bool | None = None,
     cache_bytes: int = 1 << 30,
 ) -> Capture:
-    """Reads and checks a capture folder; no image is decoded yet, but every file's header is.
+    """Reads and checks a capture folder. Of images and masks header and end are checked; no pixel is decoded yet.
 
     Args:
       root: the folder with transforms_train.json and so on (facts/avatars_gsplat.md A.8). Untrusted.
@@ -163,13 +161,13 @@ def load_capture(
       identity: "check" demands the same shape and static offset in every timestep's file of a sequence; of a UNION
         set's sequences, tracked apart, the first one's is taken with a warning. "first" takes the first in any case, as
         GaussianAvatars does.
-      cy_from_bottom: see `cameras.load_transforms`.
+      cy_from_bottom: see `cameras.load_transforms`; one warning for all splits.
       cache_bytes: bound on the decoded images kept in memory, shared by the splits.
 
     Raises:
       FileNotFoundError: no such folder.
-      CaptureError: lists every problem found: missing or truncated files, images of another size than stated, damaged
-        frames, NaN in FLAME files, indices that contradict each other.
+      CaptureError: every problem found: missing or truncated files, images of another size than stated, damaged
+        frames, NaN in FLAME files, indices that are missing or contradict each other.
       UserError: bad arguments.
     """
     root = Path(root)
@@ -183,15 +181,19 @@ def load_capture(
         raise UserError(f"resize={resize} and downscale={downscale}: give one of them, at least one pixel.")
 
     problems: list[str] = []
-    frames = {split: _load_split(root, split, cy_from_bottom, problems) for split in splits}
+    frames = {split: _load_split(root, split, bool(cy_from_bottom), problems) for split in splits}
+    every = [frame for split in frames.values() for frame in split]
+    _check_timesteps(frames, problems)
     # Two sequences of a UNION set may count their timesteps alike: the FLAME file is what tells timesteps apart.
-    files = {f.flame_param_path: f.timestep_index for split in frames.values() for f in split if f.flame_param_path}
+    files = {f.flame_param_path: f.timestep_index or 0 for f in every if f.flame_param_path}
     files = dict(sorted(files.items(), key=lambda item: (item[1], str(item[0]))))
     params, sequences = _load_params(files, model, identity, problems)
     canonical = _load_canonical(root / "canonical_flame_param.npz", model, sequences, identity, problems)
-    _check_images([f for split in frames.values() for f in split], problems)
+    _check_images(every, problems)
     if problems:
-        raise CaptureError(root, problems)
+        raise CaptureError(_message(root, problems), problems)
+    if cy_from_bottom is None:
+        warn_of_cy(root, every)
 
     cache = ImageCache(cache_bytes)
     rows = {path: row for row, path in enumerate(files)}
@@ -210,14 +212,24 @@ def load_capture(
 def find_captures(root: str | os.PathLike) -> dict[str, Path]:
     """Subject → capture folder, of one capture or a folder of captures, sorted by name.
 
+    Warns of folders that hold parts of a capture but no transforms_train.json, and leaves them out.
+
     Raises:
       UserError: none there.
     """
     root = Path(root)
     if (root / "transforms_train.json").is_file():
         return {root.resolve().name: root}
-    children = sorted(root.iterdir()) if root.is_dir() else []
-    found = {c.name: c for c in children if not c.name.startswith(".") and (c / "transforms_train.json").is_file()}
+    children = [c for c in sorted(root.iterdir()) if not c.name.startswith(".")] if root.is_dir() else []
+    found = {c.name: c for c in children if (c / "transforms_train.json").is_file()}
+    if broken := [c.name for c in children if c.name not in found and _is_part_of_a_capture(c)]:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        _log.warning(
+            "%s: %s%s left out: without transforms_train.json it is no capture; export it again, or move it away.",
+            root,
+            ", ".join(broken[:5]),
+            more,
+        )
     if not found:
         raise UserError(
             f"{root} is no capture and holds none; expected transforms_train.json in it or in its folders: check the "
@@ -237,6 +249,42 @@ def cameras_extent(viewmats: Float[np.ndarray, "N 4 4"]) -> float:
     return float(1.1 * np.linalg.norm(centers - centers.mean(axis=0), axis=1).max()) if len(centers) else 0.0
 
 
+def _is_part_of_a_capture(folder: Path) -> bool:
+    return any(folder.glob("transforms*.json")) or any(
+        (folder / name).exists() for name in ("images", "canonical_flame_param.npz")
+    )
+
+
+def _message(root: Path, problems: Sequence[str]) -> str:
+    """What is wrong, by kind; names a file in the system's temporary folder with all of it if some is left out."""
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(_kind(problem), []).append(problem)
+    few = max(_PRINTED_OF_A_KIND, _PRINTED_PROBLEMS // len(kinds))
+    if len(problems) <= _PRINTED_PROBLEMS:
+        few = len(problems)
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    lines = [f"{root} is not a usable capture, {count}:"]
+    for alike in kinds.values():
+        lines += [f"  - {problem}" for problem in alike[:few]]
+        if len(alike) > few:
+            lines.append(f"    … and {len(alike) - few} more like these")
+    if any(len(alike) > few for alike in kinds.values()):
+        try:
+            handle, path = tempfile.mkstemp(".txt", "capture-problems-")
+            with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(" ".join(problem.splitlines()) + "\n" for problem in problems)
+            lines.append(f"All {len(problems)}, a line each: {path}")
+        except OSError as error:
+            lines.append(f"The list of all {len(problems)} could not be written: {error}")
+    return "\n".join(lines)
+
+
+def _kind(problem: str) -> str:
+    """A problem without what differs from file to file: words with numbers, paths and quoted values."""
+    return " ".join(word for word in problem.split() if not re.search(r"[\d/\\'\"]|\w\.\w", word))
+
+
 def _load_split(root: Path, split: str, cy_from_bottom: bool, problems: list[str]) -> list[Frame]:
     path = root / f"transforms_{split}.json"
     try:
@@ -250,32 +298,47 @@ def _load_split(root: Path, split: str, cy_from_bottom: bool, problems: list[str
     except FileFormatError as error:
         problems.append(str(error))
         return []
-    flame_of: dict[int, Path | None] = {}
-    seen: set[tuple[int, int]] = set()
-    for i, frame in enumerate(frames):
-        where, t, view = f"{path.name}: frame {i}", frame.timestep_index, (frame.timestep_index, frame.camera_index)
-        if frame.flame_param_path is None:
-            problems.append(f"{where}: flame_param_path is missing; track the head first (VHAP writes it).")
-        elif flame_of.setdefault(t, frame.flame_param_path) != frame.flame_param_path:
-            problems.append(
-                f"{where}: timestep_index {t} stands for {frame.flame_param_path.name} here and for "
-                f"{flame_of[t]} before; number the timesteps of a split uniquely."
-            )
-        if view in seen:
-            problems.append(f"{where}: timestep {t} of camera {view[1]} appears twice; remove one.")
-        seen.add(view)
-    timestep_of: dict[Path, int] = {}
-    for t, flame in flame_of.items():
-        if flame is not None and timestep_of.setdefault(flame, t) != t:
-            problems.append(
-                f"{path.name}: {flame} is used by timesteps {timestep_of[flame]} and {t}; give each its own."
-            )
-    return [dataclasses.replace(f, image_path=_with_suffix(f.image_path)) for f in frames]
+    return [
+        dataclasses.replace(f, image_path=_with_suffix(f.image_path), mask_path=_with_suffix(f.mask_path))
+        for f in frames
+    ]
 
 
-def _with_suffix(path: Path) -> Path:
+def _with_suffix(path: Path | None) -> Path | None:
     """NeRF files of other exporters name images without their suffix."""
-    return path if path.suffix or path.exists() else path.with_suffix(".png")
+    return path if path is None or path.suffix or path.exists() else path.with_suffix(".png")
+
+
+def _check_timesteps(frames: dict[str, list[Frame]], problems: list[str]) -> None:
+    """Timesteps and FLAME files have to belong together one to one; splits may be numbered independently."""
+    every = [frame for split in frames.values() for frame in split]
+    # VHAP always writes timestep_index. Without any, a single tracked head is what all the pictures show.
+    single = len({f.flame_param_path for f in every}) <= 1 and all(f.timestep_index is None for f in every)
+    timestep_of: dict[Path, tuple[int, str]] = {}
+    for split, views in frames.items():
+        flame_of: dict[int, Path] = {}
+        seen: set[tuple[int, int]] = set()
+        for frame in views:
+            where, flame = f"transforms_{split}.json: frame {frame.index}", frame.flame_param_path
+            t = 0 if single else frame.timestep_index
+            if flame is None:
+                problems.append(f"{where}: flame_param_path is missing; track the head first (VHAP writes it).")
+            if t is None:
+                problems.append(f"{where}: timestep_index is missing; number the timesteps of all frames (VHAP does).")
+                continue
+            if flame is not None and flame_of.setdefault(t, flame) != flame:
+                problems.append(
+                    f"{where}: timestep_index {t} stands for {flame.name} here and for {flame_of[t]} before; number "
+                    "the timesteps of a split uniquely."
+                )
+            elif flame is not None and (first := timestep_of.setdefault(flame, (t, where)))[0] != t:
+                problems.append(
+                    f"{where}: {flame} belongs to timestep_index {t} here and to {first[0]} in {first[1]}; give each "
+                    "its own."
+                )
+            if (view := (t, frame.camera_index)) in seen:
+                problems.append(f"{where}: timestep {t} of camera {view[1]} appears twice; remove one.")
+            seen.add(view)
 
 
 _PER_TIMESTEP = ("expr", "rotation", "neck_pose", "jaw_pose", "eyes_pose", "translation")

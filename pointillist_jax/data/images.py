@@ -13,6 +13,10 @@ from PIL import Image
 from pointillist_jax.files import FileFormatError, require_file
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
+# What stands at the end of a whole file: MPO is a JPEG with others behind it, and WebP says its length in the header.
+_ENDS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9"}
+# Some programs append a few words of their own.
+_TAIL_BYTES = 4096
 # 8k × 8k: far above any capture, far below what would fill a machine's memory.
 _MAX_PIXELS = 1 << 26
 # JPEG and rounding leave white backgrounds a little below 255.
@@ -21,7 +25,9 @@ _MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK")
 
 
 def check_header(path: str | os.PathLike, size: tuple[int, int] | None = None) -> tuple[int, int]:
-    """(width, height) of an untrusted image, from its header; nothing is decoded.
+    """(width, height) of an untrusted image, from its header; a file that broke off is known by its missing end.
+
+    Pixels are not decoded: damage between header and end shows in `load_rgba`.
 
     Args:
       path: a PNG, JPEG or WebP file.
@@ -34,12 +40,13 @@ def check_header(path: str | os.PathLike, size: tuple[int, int] | None = None) -
     path = require_file(path, "an image")
     with _open(path) as image:
         _check(path, image, size)
-        if image.format == "PNG":
-            # A copy that broke off still has a good header.
+        if image.format in _ENDS:
+            # Behind the header, where Pillow stands now: the thumbnail in a JPEG's has an end of its own.
+            start = max(image.fp.tell(), path.stat().st_size - _TAIL_BYTES)
             with open(path, "rb") as file:
-                file.seek(-min(4096, path.stat().st_size), os.SEEK_END)
-                if b"IEND" not in file.read():
-                    raise FileFormatError(f"{path} is a truncated PNG; copy it again.")
+                file.seek(start)
+                if _ENDS[image.format] not in file.read():
+                    raise FileFormatError(f"{path} is a truncated {image.format}; copy it again.")
         return image.size
 
 

@@ -136,8 +136,8 @@ def flame_fields(params: FlameParams, t: int | None = None) -> dict[str, np.ndar
 
 
 def _capture_portrait(folder: Path, model: FlameModel, side: int) -> Portrait | None:
-    # One picture and its parameters: whether other sequences of a UNION set agree on the person does not matter.
-    capture = load_capture(folder, model, splits=("val",), identity="first", cache_bytes=0)
+    # One picture and its parameters: neither its camera nor other sequences of a UNION set matter.
+    capture = load_capture(folder, model, splits=("val",), identity="first", cy_from_bottom=False, cache_bytes=0)
     views, params = capture.split("val"), capture.params
     if not len(views):
         return None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import pickle
 import shutil
 import struct
+import tempfile
 import threading
 import zlib
 
@@ -12,16 +15,19 @@ import imageio.v3 as iio
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from pointillist_jax.cameras import load_transforms
-from pointillist_jax.data.captures import CaptureError, load_capture
+from pointillist_jax.cameras import load_transforms, orbit
+from pointillist_jax.data.captures import CaptureError, find_captures, load_capture
 from pointillist_jax.data.images import ImageCache, check_header, load_rgba, square_portrait
 from pointillist_jax.data.subjects import find_portrait
 from pointillist_jax.data.views import view_batches
 from pointillist_jax.files import FileFormatError, UserError, write_npz
+from pointillist_jax.fitting import FitData, evaluate, fit
 from pointillist_jax.flame import open_head
 from pointillist_jax.flame.param_files import load_flame_params
 from tests.data.capture_files import read_frames, write_capture, write_transforms
+from tests.fitting.scenes import SCHEDULE, write_person
 
 MODEL = open_head("coarse")
 
@@ -213,7 +219,7 @@ def test_all_problems_are_listed_at_once(root, rng):
     found = "\n".join(caught.value.problems)
     for part in (
         "transforms_val.json is missing", "transforms_test.json is not valid JSON", "frame 6: fl_x is 'wide'",
-        "frame 7: transform_matrix", "appears twice", "timestep_index 0 stands for",
+        "frame 7: transform_matrix", "frame 10: timestep 0 of camera 0 appears twice", "timestep_index 0 stands for",
         "00000_00.png does not exist", "00000_02.png is not a readable", "00001_00.png is 21 × 16 pixels, expected 20",
         "00001_02.png is a truncated PNG", "fg_masks/00002_00.png does not exist",
         "00001.npz: expr holds 3 NaN", "00002.npz: shape differs", "canonical_flame_param.npz does not exist",
@@ -222,14 +228,156 @@ def test_all_problems_are_listed_at_once(root, rng):
     assert f"{len(caught.value.problems)} problems" in str(caught.value)
 
 
-def test_a_thousand_problems_are_counted_not_printed(root, rng):
+def test_many_problems_are_told_by_kind_and_listed_in_a_file(root, rng, tmp_path, monkeypatch):
     write_capture(root, MODEL, rng, timesteps=12)
     shutil.rmtree(root / "images")
+    (root / "images").mkdir()
+    (root / "images" / "00003_01.png").write_bytes(b"no picture")
+    (root / "fg_masks" / "00011_02.png").write_bytes(png(9, 9))
+    (root / "canonical_flame_param.npz").unlink()
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    before = sorted(root.rglob("*"))
     with pytest.raises(CaptureError) as caught:
         load_capture(root, MODEL)
-    assert len(caught.value.problems) == 36
-    assert len(str(caught.value).splitlines()) == 22
-    assert "… and 16 more" in str(caught.value)
+    problems, lines = caught.value.problems, str(caught.value).splitlines()
+    assert len(problems) == 38
+    assert "38 problems" in lines[0]
+    # The rare ones stand among the examples of the frequent one.
+    for rare in (
+        "00003_01.png is not a readable",
+        "00011_02.png is 9 × 9 pixels",
+        "canonical_flame_param.npz does not",
+    ):
+        assert any(rare in line for line in lines), rare
+    assert sum("images/" in line and "does not exist" in line for line in lines) == 5
+    assert "    … and 30 more like these" in lines
+    assert len(lines) == 1 + 5 + 1 + 3 + 1
+    (listed,) = (tmp_path / "tmp").iterdir()
+    assert lines[-1] == f"All 38, a line each: {listed}"
+    assert listed.read_text().splitlines() == list(problems)
+    assert sorted(root.rglob("*")) == before
+    assert pickle.loads(pickle.dumps(caught.value)).problems == problems
+    # A disk that takes no file hides neither the problems nor that some are not told.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(CaptureError, match=r"30 more like these\n(.*\n)+The list of all 38 could not be written: "):
+        load_capture(root, MODEL)
+
+
+def test_a_few_problems_are_all_told_without_a_file(root, rng, tmp_path, monkeypatch):
+    write_capture(root, MODEL, rng)
+    shutil.rmtree(root / "images")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    with pytest.raises(CaptureError) as caught:
+        load_capture(root, MODEL)
+    assert str(caught.value).splitlines()[1:] == [f"  - {problem}" for problem in caught.value.problems]
+    assert len(caught.value.problems) == 12
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_timesteps_are_numbered_and_belong_to_one_flame_file(root, rng):
+    write_capture(root, MODEL, rng)
+
+    def problems(**changed) -> list[str]:
+        for split, change in changed.items():
+            write_transforms(root, split, [change(dict(frame)) for frame in originals[split]])
+        with pytest.raises(CaptureError) as caught:
+            load_capture(root, MODEL)
+        for split in changed:
+            write_transforms(root, split, originals[split])
+        return list(caught.value.problems)
+
+    originals = {split: read_frames(root, split) for split in ("train", "val", "test")}
+    drop = lambda frame: {key: value for key, value in frame.items() if key != "timestep_index"}  # noqa: E731
+    missing = [f"transforms_test.json: frame {n}: timestep_index is missing" for n in range(3)]
+    found = problems(test=drop)
+    assert all(text.startswith(want) for text, want in zip(found, missing, strict=True))
+    assert len(problems(train=drop, val=drop, test=drop)) == sum(map(len, originals.values()))
+    # Camera 1's pictures of the same tracked heads, numbered otherwise than the others'.
+    found = problems(val=lambda frame: frame | {"timestep_index": frame["timestep_index"] + 7})
+    assert len(found) == len(originals["val"])
+    assert (
+        "flame_param/00000.npz belongs to timestep_index 7 here and to 0 in transforms_train.json: frame 0" in found[0]
+    )
+    # One head that all the pictures show needs no number.
+    write_transforms(root, "val", [])
+    for split, n in (("train", 2), ("test", 1)):
+        same = {"flame_param_path": "flame_param/00000.npz"}
+        write_transforms(root, split, [drop(frame) | same for frame in originals[split][:n]])
+    capture = load_capture(root, MODEL)
+    assert capture.timestep_indices.tolist() == [0]
+    assert capture.split("test").timesteps.tolist() == [0]
+
+
+def test_names_without_a_suffix_are_completed(root, rng):
+    written = write_capture(root, MODEL, rng)
+    for split in ("train", "val", "test"):
+        frames = read_frames(root, split)
+        for frame in frames:
+            frame |= {key: frame[key].removesuffix(".png") for key in ("file_path", "fg_mask_path")}
+        write_transforms(root, split, frames)
+    split = load_capture(root, MODEL).split("train")
+    np.testing.assert_array_equal(split.rgba(0)[..., 3], written["mask_00000_00"])
+
+
+def test_one_question_about_cy_for_all_splits(root, rng, caplog):
+    write_capture(root, MODEL, rng)
+    load_capture(root, MODEL)  # Half a pixel off.
+    for split in ("train", "val", "test"):
+        write_transforms(root, split, [frame | {"cy": frame["h"] / 2 + 2} for frame in read_frames(root, split)])
+    for said in (True, False):
+        cy = load_capture(root, MODEL, cy_from_bottom=said).split("train").Ks[0, 1, 2]
+        assert cy == 8 - 2 * (1 if said else -1)
+    assert not caplog.records
+    assert load_capture(root, MODEL).split("train").Ks[0, 1, 2] == 10
+    (record,) = caplog.records
+    assert f"{root}: cy lies up to 2.0 pixels off the middle" in record.getMessage()
+
+
+def test_folders_that_only_look_like_captures_are_named(tmp_path, rng, caplog):
+    write_capture(tmp_path / "ann", MODEL, rng, timesteps=2)
+    for name in ("fits", ".bob.tmp-1"):
+        (tmp_path / name / "point_cloud").mkdir(parents=True)
+    (tmp_path / ".bob.tmp-1" / "images").mkdir()
+    (tmp_path / "gallery.png").write_bytes(png(3, 3))
+    assert list(find_captures(tmp_path)) == ["ann"]
+    assert not caplog.records
+    (tmp_path / "bob" / "images").mkdir(parents=True)
+    for name in ("cyd", "dan", "eve", "fay", "gil"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "transforms_val.json").write_text("{}")
+    assert list(find_captures(tmp_path)) == ["ann"]
+    (record,) = caplog.records
+    assert "bob, cyd, dan, eve, fay and 1 more left out" in record.getMessage()
+
+
+def test_oblong_pictures_with_an_off_centre_principal_point(root, rng):
+    """48 × 32 pixels: width and height, x and y must not change places anywhere."""
+    write_capture(root, MODEL, rng)
+    want = {"cx": 19.0, "cy": 21.0, "fl_x": 70.0, "fl_y": 66.0}
+    pictures = {}
+    for split in ("train", "val", "test"):
+        frames = [frame | want | {"w": 48, "h": 32} for frame in read_frames(root, split)]
+        write_transforms(root, split, frames)
+        for frame in frames:
+            pictures[frame["file_path"]] = rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)
+            iio.imwrite(root / frame["file_path"], pictures[frame["file_path"]])
+            iio.imwrite(root / frame["fg_mask_path"], np.full((32, 48), 255, np.uint8))
+    full = load_capture(root, MODEL, cy_from_bottom=False).split("train")
+    assert full.image_uint8(0).tobytes() == pictures["images/00000_00.png"].tobytes()
+    np.testing.assert_array_equal(full.Ks[0], [[70, 0, 19], [0, 66, 21], [0, 0, 1]])
+    half = load_capture(root, MODEL, cy_from_bottom=False, downscale=2).split("train")
+    assert half.image(0).shape == (16, 24, 3)
+    np.testing.assert_allclose(half.Ks[0], [[35, 0, 9.5], [0, 33, 10.5], [0, 0, 1]])
+    other = load_capture(root, MODEL, cy_from_bottom=True, resize=(24, 32)).split("train")
+    assert other.image(0).shape == (32, 24, 3)
+    np.testing.assert_allclose(other.Ks[0], [[35, 0, 9.5], [0, 66, 11], [0, 0, 1]])
+    camera = full.camera(0)
+    assert (camera.width, camera.height) == (48, 32)
+    # A point on the optical axis lands on the principal point.
+    ahead = np.linalg.inv(full.viewmats[0]) @ np.array([0, 0, 0.5, 1])
+    np.testing.assert_allclose(camera.project(jnp.asarray(ahead[None, :3]))[0][0], [19, 21], atol=1e-3)
 
 
 def test_another_persons_shape_is_named_or_taken_from_the_first(root, rng):
@@ -275,9 +423,49 @@ def test_hostile_images_are_refused_before_they_are_decoded(tmp_path):
         load_rgba(path)
 
 
-def test_sixteen_bit_masks_and_palettes(tmp_path, rng):
-    from PIL import Image
+@pytest.mark.slow
+def test_oblong_pictures_are_fitted(tmp_path, caplog):
+    cameras = orbit(5, width=48, height=32, distance=0.8, target=(0.0, 0.0, 0.0))
+    cameras = cameras.replace(Ks=cameras.Ks.at[:, :2, :].multiply(0.7).at[:, :2, 2].set(np.array([17.0, 20.0])))
+    model = write_person(tmp_path / "ball", cameras=cameras)
 
+    def val_psnr(iterations: int, **how) -> float:
+        data = FitData.from_capture(load_capture(tmp_path / "ball", model, **how))
+        config = dataclasses.replace(SCHEDULE, iterations=iterations, densify=False, opacity_reset_interval=0)
+        result = fit(data, model, config)
+        return evaluate(result.state, result.scene, data, capacity=result.capacity)["val"]["psnr"]
+
+    right = val_psnr(80)
+    assert "cy lies up to 4.0 pixels off the middle" in caplog.text
+    assert right > val_psnr(2) + 3
+    assert right > val_psnr(80, cy_from_bottom=True) + 1.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True, "comment": b"\xff\xd9"}),  # As a thumbnail in the header ends.
+        ("MPO", {"save_all": True}),
+        ("WEBP", {}),
+    ],
+)
+def test_files_that_broke_off_are_refused_up_front(tmp_path, rng, kind, options):
+    path, written = tmp_path / "image", io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(written, kind, **options)
+    whole = written.getvalue()
+    path.write_bytes(whole)
+    assert check_header(path) == (80, 60)
+    path.write_bytes(whole + b"written by a camera")
+    assert check_header(path) == (80, 60)
+    for part in (0.5, 0.99):
+        path.write_bytes(whole[: int(part * len(whole))])
+        with pytest.raises(FileFormatError, match="truncated" if kind != "WEBP" else "not a readable"):
+            check_header(path)
+
+
+def test_sixteen_bit_masks_and_palettes(tmp_path, rng):
     grey = rng.integers(0, 65536, (4, 5), dtype=np.uint16)
     iio.imwrite(tmp_path / "mask.png", grey)
     image = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)

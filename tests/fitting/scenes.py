@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from pointillist_jax.cameras import orbit
+from pointillist_jax.cameras import Camera, orbit
 from pointillist_jax.configs import FitConfig
 from pointillist_jax.data.capture_writer import FrameRenderer, write_capture
 from pointillist_jax.data.captures import load_capture
@@ -89,7 +89,7 @@ def random_person(model: FlameModel, rng: np.random.Generator, num: int = 90) ->
     )
 
 
-def write_person(folder: Path, seed: int = 0, timesteps: int = 3) -> FlameModel:
+def write_person(folder: Path, seed: int = 0, timesteps: int = 3, cameras: Camera | None = None) -> FlameModel:
     """A capture of five cameras, one of them held out; the last timestep is the test."""
     model, rng = ball_head(), np.random.default_rng(seed)
     motion = FlameParams(
@@ -102,7 +102,8 @@ def write_person(folder: Path, seed: int = 0, timesteps: int = 3) -> FlameModel:
         translation=jnp.asarray(rng.normal(0, 0.002, (timesteps, 3)), jnp.float32),
     )
     canonical = motion.replace(**{k: v[0] for k, v in vars(motion).items() if v is not None and k != "shape"})
-    cameras = orbit(5, width=SIZE, height=SIZE, distance=0.8, target=(0.0, 0.0, 0.0), closed=True)
+    if cameras is None:
+        cameras = orbit(5, width=SIZE, height=SIZE, distance=0.8, target=(0.0, 0.0, 0.0), closed=True)
     write_capture(
         folder,
         model,
