@@ -6,7 +6,7 @@ Prints a card (parameters, bytes, FLOPs per token, compile time) and, per window
 device's datasheet peak (where there is one) and memory. The context is given, so encoders are not timed.
 
 --against=torch runs the same model in PyTorch (`torch_reference/point_transformer.py`: same sizes, dtype and weights,
-torch.compile, scaled_dot_product_attention, fused AdamW) in the same process, in turns of half a second, A B A B,
+torch.compile, scaled_dot_product_attention, fused AdamW) in the same process, in turns of two seconds, A B A B,
 medians; the losses are checked to be equal first. --sweep tables the rematerialisation policies with layers scanned and
 unrolled.
 """
@@ -47,7 +47,7 @@ MESH = flags.DEFINE_string("mesh", "", "Sizes of data, fsdp, tensor, context; da
 SEED = flags.DEFINE_integer("seed", 0, "Of parameters and tokens.", lower_bound=0)
 
 MEBI = 2**20
-TURN_SECONDS = 0.5
+TURN_SECONDS = 2.0
 
 
 @dataclasses.dataclass
@@ -147,10 +147,10 @@ def measure(model: ModelConfig, train: TrainConfig, context: int, device: jax.De
 
 
 def timed(cases: dict[str, Callable[[], Any]], label: str) -> dict[str, Seconds]:
-    """Of one step of each contestant, in turns of half a second: as in training, a step follows its own kind.
+    """Of one step of each contestant, in turns of about two seconds, each behind an untimed step.
 
-    Timed singly after another contestant's, a step would find the caches full of the other's arrays and the cores busy
-    with the other's threads, which spin for some milliseconds before they sleep (OpenMP's do).
+    So a step follows its own kind, as in training. Behind another contestant's, it would find the caches full of the
+    other's arrays and the cores busy with the other's threads, which spin for some milliseconds before they sleep.
     """
     slowest = 0.0
     for case in cases.values():
@@ -159,16 +159,14 @@ def timed(cases: dict[str, Callable[[], Any]], label: str) -> dict[str, Seconds]
         case()
         slowest = max(slowest, time.perf_counter() - start)
     steps = max(round(TURN_SECONDS / slowest), 1)
-    with tqdm(total=(ROUNDS.value + 1) * len(cases) * steps, desc=label, unit="step", leave=False) as bar:
+    with tqdm(total=ROUNDS.value * len(cases) * (steps + 1), desc=label, unit="step", leave=False) as bar:
 
-        def turn(case: Callable[[], Any]) -> None:
-            for _ in range(steps):
-                case()
-                bar.update()
+        def counted(case: Callable[[], Any]) -> None:
+            case()
+            bar.update()
 
-        turns = {name: functools.partial(turn, case) for name, case in cases.items()}
-        found = alternate_clocks(turns, ROUNDS.value, warmup=1)
-    return {name: Seconds(spent.wall / steps, spent.cpu / steps) for name, spent in found.items()}
+        turns = {name: functools.partial(counted, case) for name, case in cases.items()}
+        return alternate_clocks(turns, ROUNDS.value, warmup=0, in_a_row=steps)
 
 
 def sweep(model: ModelConfig, train: TrainConfig, context: int) -> list[dict[str, Any]]:

@@ -408,17 +408,28 @@ def alternate(cases: Mapping[str, Callable[[], Any]], repeats: int, warmup: int 
     return {name: seconds.wall for name, seconds in alternate_clocks(cases, repeats, warmup).items()}
 
 
-def alternate_clocks(cases: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, Seconds]:
-    """As `alternate`, with CPU seconds too: on a shared machine they vary less."""
+def alternate_clocks(
+    cases: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2, in_a_row: int = 0
+) -> dict[str, Seconds]:
+    """As `alternate`, with CPU seconds too: on a shared machine they vary less.
+
+    Args:
+      in_a_row: calls of a case that are timed together, behind one that is not: as in a long run, each of them then
+        follows its own kind. 0: one, behind another case's.
+    """
     for case in cases.values():
         for _ in range(warmup):
             case()
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    calls = max(in_a_row, 1)
     for _ in range(repeats):
         for name, case in cases.items():
+            if in_a_row:
+                case()
             wall, cpu = time.perf_counter(), time.process_time()
-            case()
-            runs[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+            for _ in range(calls):
+                case()
+            runs[name].append(((time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls))
     return {name: Seconds(*map(statistics.median, zip(*values, strict=True))) for name, values in runs.items()}
 
 

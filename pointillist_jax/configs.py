@@ -291,7 +291,7 @@ class ModelConfig:
     coord_tables: str = "fourier_tied"
     loss_support: str = "slot"
     attention: str = "auto"
-    attention_block: int = 512
+    attention_block: int = 576
     scan_layers: bool = False
     remat: str = "none"
     dtype: str = "float32"
@@ -393,7 +393,7 @@ class DecoderConfig:
     initial_opacity: float = 0.1
     initial_log_scale: float = -5.0
     attention: str = "auto"
-    attention_block: int = 512
+    attention_block: int = 576
     remat: str = "none"
     dtype: str = "float32"
     views: int = 4

@@ -143,7 +143,7 @@ def load_ply(path: str | os.PathLike, *, num_faces: int | None = None) -> Gaussi
 
 
 def save_ply(path: str | os.PathLike, gaussians: Gaussians) -> None:
-    """Writes a binary 3DGS PLY; with `binding` set, GaussianAvatars' layout (at least SH degree 3, `binding_0` last). Atomic.
+    """Writes a binary 3DGS PLY; with `binding` set, GaussianAvatars' layout (SH degree 3, `binding_0` last). Atomic.
 
     To bake one animated frame for any splat viewer: `save_ply(path, animate(avatar, model, params))`.
 

@@ -21,8 +21,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pointillist_jax.configs import ModelConfig
-from pointillist_jax.models.attention import LSE_NAME, OUTPUT_NAME, attention, parallel_attention
+from pointillist_jax.models.attention import attention, parallel_attention
 from pointillist_jax.models.blocks import attention_specs, cast_layer, mlp, mlp_specs, project_heads, project_out
+from pointillist_jax.models.chunked_attention import LSE_NAME, OUTPUT_NAME
 from pointillist_jax.models.layers import (
     Params,
     ParamSpec,
