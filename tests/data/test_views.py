@@ -115,7 +115,7 @@ def test_processes_together_are_one_process(captures, data, rows, processes, shu
 
 
 @settings(max_examples=20)
-@given(st.data(), st.integers(1, 5), st.integers(0, 30), st.sampled_from([0, 2]), SEEDS)
+@given(st.data(), st.integers(1, 5), st.integers(0, 30), st.sampled_from([0, 0, 0, 2]), SEEDS)
 def test_resume_after_any_batch_is_the_uninterrupted_stream(captures, data, batch_size, taken, threads, seed):
     some = data.draw(captures_of_some_views(captures))
     check_resume(view_batches(some, batch_size=batch_size, seed=seed, num_threads=threads), taken)
