@@ -8,19 +8,24 @@ canonical mesh and written as one token sequence, together with the portrait it 
 with `portrait_flame_param.npz` in the fit's or the capture's folder, else the calmest view of the capture's held-out
 frontal camera (`--captures`, one folder per subject), else none.
 
-A kill at any moment costs the shard being written: `--resume` goes on and gives the same bytes. `--append` adds the
-subjects that the store does not have yet; shards written before stay as they are. Ends with the histogram of lengths.
+All subjects are checked first, and those that cannot be used are listed at once. A kill at any moment costs the shard
+being written: `--resume` goes on and gives the same bytes. `--append` adds the subjects that the store does not have
+yet; shards written before stay as they are. `--overwrite` keeps the old store until the new one is complete, and needs
+room for both. Ends with the histogram of lengths.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 import warnings
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +33,15 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.charts import bar_chart
-from experiments.common import run
+from experiments.common import run, sentence_of
 from experiments.config_flags import define_config
 from experiments.heads import DETAILS, choose_head
 from experiments.media import write_image
 from pointillist_jax.configs import DataConfig
 from pointillist_jax.data.fits import find_fits, fit_folder
-from pointillist_jax.data.subjects import find_portrait, subject_record
+from pointillist_jax.data.subjects import check_subject, find_portrait, subject_record
 from pointillist_jax.data.token_store import META, StoreSpec, StoreWriter, TokenStore, open_store
-from pointillist_jax.files import UserError, atomic_path, file_sha256
+from pointillist_jax.files import UserError, atomic_path, file_sha256, read_json
 from pointillist_jax.flame import FlameModel
 from pointillist_jax.tokens import PointTokenizer
 
@@ -51,8 +56,11 @@ OUT_OF_BOUNDS = flags.DEFINE_enum("out_of_bounds", None, ["error", "clip"], "Wha
 SEED = flags.DEFINE_integer("seed", 0, "Unused: nothing here is random.", lower_bound=0)
 RESUME = flags.DEFINE_boolean("resume", False, "Go on with the store in --workdir, or begin it.")
 APPEND = flags.DEFINE_boolean("append", False, "Add subjects to the store in --workdir.")
-OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Delete the store in --workdir first.")
+OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace the store in --workdir by a new one.")
 config = define_config("data")
+
+NEW = ".tokens.new"  # In --workdir: what is to take its store's place.
+_WRITTEN = r"meta\.json|tokens-\d+\.array_record|lengths\.(json|png)|\.(meta|tokens-\d+|lengths)\.tmp-.*"
 
 
 def main() -> None:
@@ -62,12 +70,20 @@ def main() -> None:
     data, fits = with_bounds(config().data), chosen_fits()
     check_captures(list(fits))
     model = choose_head(FLAME.value, DETAIL.value, *cards(fits))
-    prepare(Path(WORKDIR.value))
     tokenizer = PointTokenizer(num_faces=model.num_faces, bins=data.bins, lower=data.lower, upper=data.upper)
     kept = {name: getattr(data, name) for name in ("canonical_jaw", "portrait_size", "out_of_bounds", "keep", "space")}
     spec = StoreSpec(tokenizer, model.sha256, model.source, **kept)
-    store = build(Path(WORKDIR.value), fits, model, spec, data.subjects_per_shard)
-    report(store, time.perf_counter() - start)
+    workdir = Path(WORKDIR.value)
+    folder = prepare(workdir)
+    count, seconds = build(folder, fits, model, spec, data.subjects_per_shard)
+    if folder != workdir:
+        replace_store(workdir)
+    report(open_store(workdir))
+    each = f", {seconds / count:.2f} s each" if count else ""
+    print(f"  {count} subjects tokenised{each}")
+    print(f"done in {time.perf_counter() - start:.0f} s; everything lies in {workdir}/:")
+    for name, what in OUTPUTS.items():
+        print(f"  {name:<22} {what}")
 
 
 def with_bounds(data: DataConfig) -> DataConfig:
@@ -89,6 +105,8 @@ def chosen_fits() -> dict[str, Path]:
     fits = find_fits(FITS.value)
     if SUBJECTS.value is None:
         return fits
+    if not SUBJECTS.value:
+        raise UserError(f"--subjects= chooses nobody: name some of {', '.join(fits)}, or leave it out for all.")
     if missing := [name for name in SUBJECTS.value if name not in fits]:
         raise UserError(f"--subjects: {FITS.value} holds no fit of {missing[0]!r}; it has: {', '.join(fits)}.")
     return {name: fits[name] for name in sorted(set(SUBJECTS.value))}
@@ -101,61 +119,122 @@ def cards(fits: dict[str, Path]) -> list[Path]:
     return [folder / name for folder in folders for name in ("identities.json", "report.json", "identity.json")]
 
 
-def prepare(workdir: Path) -> None:
-    """Checks that the store may be written there; raises UserError otherwise."""
+def prepare(workdir: Path) -> Path:
+    """Checks that the store may be written there, and claims the folder; raises UserError otherwise.
+
+    Returns:
+      The folder to build in: `workdir`, or NEW in it while the store there is to be replaced.
+    """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; name a folder.")
     if RESUME.value + APPEND.value + OVERWRITE.value > 1:
         raise UserError("--resume, --append and --overwrite exclude each other; give one.")
-    if APPEND.value and not (workdir / META).is_file():
+    new, there = workdir / NEW, (workdir / META).is_file()
+    if APPEND.value and not there:
         raise UserError(f"--append: there is no token store in {workdir}; leave the flag out to make one.")
-    if not workdir.exists() or RESUME.value or APPEND.value:
-        return
-    if OVERWRITE.value:
-        for pattern in (META, "tokens-*.array_record", "lengths.json", "lengths.png", ".*.tmp-*"):
-            for path in workdir.glob(pattern):
-                path.unlink()
-        shutil.rmtree(workdir / "features", ignore_errors=True)
-    elif any(workdir.iterdir()):
+    if APPEND.value and (new / META).is_file():
+        raise UserError(f"{new} holds what an --overwrite was making: finish it with --resume, or delete it.")
+    if not (RESUME.value or APPEND.value or OVERWRITE.value) and workdir.exists() and any(workdir.iterdir()):
         raise UserError(
             f"--workdir={workdir} is not empty; give --resume to go on, --append to add subjects or --overwrite to "
             "start anew."
         )
+    claim(workdir)
+    if APPEND.value or OVERWRITE.value:
+        shutil.rmtree(new, ignore_errors=True)
+    if OVERWRITE.value and there:
+        new.mkdir()
+    elif OVERWRITE.value:  # What a killed build left.
+        remove_written(workdir)
+    if (new / META).is_file() and read_json(new / META, "a token store's meta.json").get("complete") is True:
+        replace_store(workdir)  # A kill came in between.
+    return new if new.exists() else workdir
 
 
-def build(workdir: Path, fits: dict[str, Path], model: FlameModel, spec: StoreSpec, per_shard: int) -> TokenStore:
-    """Adds the fits that the store does not have yet, a shard at a time."""
+def claim(workdir: Path) -> None:
+    """Makes the folder, and sees to it that no other process writes there until this one ends, however it ends."""
     workdir.mkdir(parents=True, exist_ok=True)
-    lock = os.open(workdir, os.O_RDONLY)  # Held until the process ends, however it ends.
+    lock = os.open(workdir, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(
             f"another process is writing to {workdir}; wait for it, or its subjects would be lost."
         ) from None
-    writer = StoreWriter(workdir, spec)
+
+
+def replace_store(workdir: Path) -> None:
+    """The complete store in NEW takes the place of the one in `workdir`. After a kill, doing it again ends it."""
+    new = workdir / NEW
+    kept = {shard["file"] for shard in read_json(new / META, "a token store's meta.json")["shards"]} | {META}
+    for shard in new.glob("tokens-*.array_record"):
+        os.replace(shard, workdir / shard.name)
+    remove_written(workdir, kept)
+    os.replace(new / META, workdir / META)
+    shutil.rmtree(new)
+
+
+def remove_written(workdir: Path, kept: Collection[str] = ()) -> None:
+    """Removes what this script and `encode_conditions` write to a store, but for the files `kept`."""
+    for path in workdir.iterdir():
+        if re.fullmatch(_WRITTEN, path.name) and path.name not in kept:
+            path.unlink()
+    shutil.rmtree(workdir / "features", ignore_errors=True)
+
+
+def build(folder: Path, fits: dict[str, Path], model: FlameModel, spec: StoreSpec, per_shard: int) -> tuple[int, float]:
+    """Adds the fits that the store does not have yet, a shard at a time. Returns how many, and the seconds it took.
+
+    Raises:
+      UserError: names all subjects that cannot be used. Checks before anything is written; what only whole files tell
+        (points outside the cube) ends the writing, but the rest is read, so that the list is complete.
+    """
+    writer, problems = StoreWriter(folder, spec), {}
     stored = writer.subjects
-    for name in fits.keys() & stored.keys():
-        if stored[name] != file_sha256(fit_folder(fits[name]) / "point_cloud.ply"):
-            raise UserError(
-                f"{workdir} holds {name!r} from another fit than {fits[name]}: rename the subject, or make the store "
-                "anew with --overwrite."
-            )
-    todo = [name for name in fits if name not in stored]
-    bar = tqdm(total=len(fits), initial=len(fits) - len(todo), desc="tokenise", unit="person", disable=not todo)
-    for i in range(0, len(todo), per_shard):
-        records = []
-        for name in todo[i : i + per_shard]:
-            portrait = find_portrait(portrait_folders(name, fits[name], len(fits) == 1), model, spec.portrait_size)
-            with warnings.catch_warnings():
-                # Clipped points are counted for all subjects at the end.
-                warnings.filterwarnings("ignore", message=".*were clipped onto its border")
-                records.append(subject_record(name, fits[name], model, spec, portrait))
-            bar.update()
-        writer.write_shard(records)
-    bar.close()
+    places = {name: portrait_folders(name, fit, len(fits) == 1) for name, fit in fits.items()}
+    for name, fit in fits.items():
+        with noted(problems, name):
+            if name not in stored:
+                check_subject(fit, model, places[name])
+            elif stored[name] != file_sha256(fit_folder(fit) / "point_cloud.ply"):
+                raise UserError(
+                    f"{folder} holds {name!r} from another fit than {fit}: rename the subject, or make the store anew "
+                    "with --overwrite."
+                )
+    refuse(problems, len(fits))
+    todo, start = [name for name in fits if name not in stored], time.perf_counter()
+    with tqdm(total=len(fits), initial=len(fits) - len(todo), desc="tokenise", unit="person", disable=not todo) as bar:
+        for i in range(0, len(todo), per_shard):
+            records = []
+            for name in todo[i : i + per_shard]:
+                with noted(problems, name), warnings.catch_warnings():
+                    # Clipped points are counted for all subjects at the end.
+                    warnings.filterwarnings("ignore", message=".*were clipped onto its border")
+                    portrait = find_portrait(places[name], model, spec.portrait_size)
+                    records.append(subject_record(name, fits[name], model, spec, portrait))
+                bar.update()
+            if not problems:
+                writer.write_shard(records)
+    refuse(problems, len(fits))
     writer.finish()
-    return open_store(workdir)
+    return len(todo), time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def noted(problems: dict[str, str], name: str) -> Iterator[None]:
+    """What is wrong with a subject goes into `problems`."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        problems[name] = sentence_of(error).removeprefix(f"{name}: ")
+
+
+def refuse(problems: dict[str, str], total: int) -> None:
+    """Raises UserError if there are any problems, and lists all."""
+    if problems:
+        said = [f"  {name}: {problem}".replace("\n", "\n  ") for name, problem in problems.items()]
+        first = f"{len(problems)} of {total} subjects cannot be tokenised; mend them, or leave them out (--subjects):"
+        raise UserError("\n".join([first, *said]))
 
 
 def check_captures(names: list[str]) -> None:
@@ -182,7 +261,7 @@ def portrait_folders(name: str, fit: Path, alone: bool) -> list[Path]:
     return [fit, captures / name, *([captures] if alone else [])]
 
 
-def report(store: TokenStore, seconds: float) -> None:
+def report(store: TokenStore) -> None:
     """Writes lengths.json and lengths.png, and says what the store holds."""
     for rest in store.path.glob(".lengths.tmp-*"):  # What a killed run was writing.
         rest.unlink(missing_ok=True)
@@ -214,9 +293,6 @@ def report(store: TokenStore, seconds: float) -> None:
     if not store.has_portrait.all():
         without = int((~store.has_portrait).sum())
         print(f"  {without} subjects have no portrait: no model that sees one can use them (--captures --overwrite)")
-    print(f"done in {seconds:.0f} s; everything lies in {store.path}/:")
-    for name, what in OUTPUTS.items():
-        print(f"  {name:<22} {what}")
 
 
 OUTPUTS = {

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import operator
 import re
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ import jax
 from absl import flags
 
 from experiments.charts import line_chart
-from experiments.common import end_stopped, resume_check, run
+from experiments.common import end_stopped, refuse_flags, resume_check, run
 from experiments.config_flags import define_config
 from experiments.heads import named_head
 from experiments.job import MESH, SEED, open_job, start_job
@@ -56,6 +57,8 @@ PROFILE = flags.DEFINE_string("profile", "", "first:last step of a trace for Ten
 CONFIG = define_config("model", "data", "train")
 
 OUTPUTS = ("checkpoints", "metrics.jsonl", "tensorboard", "profile", "card.json", "curve.png")
+# Of config.data, beside the tokenizer: what a store's spec has too.
+_OF_STORE = ("canonical_jaw", "portrait_size", "out_of_bounds", "keep", "space")
 
 
 def main() -> None:
@@ -63,10 +66,10 @@ def main() -> None:
     start = time.perf_counter()
     if STORE.value is None:
         raise UserError("--store is missing: name a token store (python -m experiments.tokenize makes one).")
+    refuse_flags(["config.data.subjects_per_shard"], "in training: the store has its shards")
     store = open_store(STORE.value)
     head = named_head(store.spec.flame_source, store.spec.flame_sha256, STORE.value, FLAME.value)
-    config = CONFIG()
-    config = dataclasses.replace(config, model=config.model.for_tokenizer(store.tokenizer))
+    config = with_store(CONFIG(), store)
     profile = _profile(PROFILE.value, config.train.steps)
     workdir = open_job(WORKDIR.value, OUTPUTS)
     state, stopped, held_out = train_ar(store, head, config, workdir, seed=SEED.value, mesh=MESH.value, profile=profile)
@@ -85,6 +88,27 @@ def main() -> None:
     print("  metrics.jsonl        one line per logged step; tensorboard/ shows the same")
     print("  curve.png            training and held-out loss")
     print("  card.json            held-out losses beside the baselines")
+
+
+def with_store(config: Config, store: TokenStore) -> Config:
+    """The config with what the store decided when it was made.
+
+    Raises:
+      UserError: the command line says otherwise; the sentence names the difference.
+    """
+    t = store.tokenizer
+    decided: dict[str, Any] = {"bins": t.bins, "lower": t.lower, "upper": t.upper}
+    decided |= {name: getattr(store.spec, name) for name in _OF_STORE}
+    said = {f"data.{name}": value for name, value in decided.items()}
+    for path, value in {**said, "model.bins": t.bins, "model.num_faces": t.num_faces}.items():
+        given = operator.attrgetter(path)(config)
+        if flags.FLAGS[f"config.{path}"].present and given != value:
+            raise UserError(
+                f"--config.{path} says {given}, but {store.path} was made with {value}: leave the flag out, or "
+                "tokenise again."
+            )
+    model, data = config.model.for_tokenizer(t), dataclasses.replace(config.data, **decided)
+    return dataclasses.replace(config, model=model, data=data)
 
 
 def train_ar(

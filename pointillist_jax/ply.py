@@ -27,6 +27,20 @@ def read_ply_vertices(path: Path) -> dict[str, np.ndarray]:
     """Columns of a binary PLY's `vertex` element, each [N], after the header's promises are checked against its size.
 
     Raises:
+      FileFormatError: as `check_ply`.
+    """
+    count, dtype, offset = check_ply(path)
+    rows = np.fromfile(path, dtype, count, offset=offset)
+    return {name: rows[name] for name in dtype.names or ()}
+
+
+def check_ply(path: Path) -> tuple[int, np.dtype, int]:
+    """Reads the header of a binary PLY alone, and checks its promises against the file's size.
+
+    Returns:
+      Number of vertices, the dtype of one, and the byte where the first begins.
+
+    Raises:
       FileFormatError: no PLY, an ASCII one, truncated, oversized, lists among the vertices' properties.
     """
     with open(path, "rb") as file:
@@ -57,9 +71,7 @@ def read_ply_vertices(path: Path) -> dict[str, np.ndarray]:
                 f"{path} is oversized: {count} points need {needed} bytes, the file has {size}; the header's count "
                 "is wrong or something was appended: write it again."
             )
-        file.seek(offset)
-        rows = np.frombuffer(file.read(count * dtype.itemsize), dtype)
-    return {name: rows[name] for name in dtype.names or ()}
+    return count, dtype, offset
 
 
 def ply_matrix(path: Path, columns: dict[str, np.ndarray], names: list[str], what: str) -> np.ndarray:

@@ -11,13 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from pointillist_jax.data.captures import load_capture
-from pointillist_jax.data.fits import load_fit
-from pointillist_jax.data.images import load_rgba, square_portrait
+from pointillist_jax.data.fits import fit_folder, load_fit
+from pointillist_jax.data.images import check_header, load_rgba, square_portrait
 from pointillist_jax.data.template_space import canonical_frames, template_canonical
 from pointillist_jax.data.token_store import FLAME_FIELDS, StoreSpec, SubjectRecord
 from pointillist_jax.files import FileFormatError, UserError, file_sha256
 from pointillist_jax.flame import FlameModel, FlameParams
 from pointillist_jax.flame.param_files import load_flame_params
+from pointillist_jax.ply import check_ply
+
+_COLUMNS = {"x", "y", "z", "opacity", "scale_2", "rot_3", "f_dc_2", "binding_0"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,18 +107,47 @@ def find_portrait(folders: Sequence[str | os.PathLike], model: FlameModel, side:
       CaptureError: as `load_capture`.
     """
     for folder in map(Path, folders):
-        image, params = folder / "portrait.png", folder / "portrait_flame_param.npz"
-        if image.is_file() != params.is_file():
-            there, missing = (image, params) if image.is_file() else (params, image)
-            raise FileFormatError(f"{there} lies alone: {missing.name} is missing beside it; add it or remove both.")
-        if image.is_file():
-            flame = load_flame_params(params, model)
-            if (timesteps := len(flame.expr)) != 1:
-                raise FileFormatError(f"{params} holds {timesteps} timesteps, expected the one of {image.name}.")
+        if found := _own_portrait(folder, model):
+            image, flame = found
             return Portrait(square_portrait(load_rgba(image), side), flame_fields(flame, 0), image)
         if (folder / "transforms_val.json").is_file() and (portrait := _capture_portrait(folder, model, side)):
             return portrait
     return None
+
+
+def check_subject(folder: str | os.PathLike, model: FlameModel, portraits: Sequence[str | os.PathLike] = ()) -> None:
+    """Most of what would stop `subject_record` or `find_portrait`, found in milliseconds: by headers and small files.
+
+    Args:
+      folder, model: as `subject_record`.
+      portraits: folders, as `find_portrait`.
+
+    Raises:
+      FileNotFoundError, FileFormatError: as those two.
+    """
+    folder = fit_folder(folder)
+    count, columns, _ = check_ply(folder / "point_cloud.ply")
+    if not count or _COLUMNS - set(columns.names):
+        load_fit(folder, model)  # Says what it is instead.
+    load_flame_params(folder / "flame_param.npz", model)
+    for place in map(Path, portraits):
+        if found := _own_portrait(place, model):
+            check_header(found[0])
+            return
+
+
+def _own_portrait(folder: Path, model: FlameModel) -> tuple[Path, FlameParams] | None:
+    """`portrait.png` of a folder and what it shows, if it lies there."""
+    image, params = folder / "portrait.png", folder / "portrait_flame_param.npz"
+    if image.is_file() != params.is_file():
+        there, missing = (image, params) if image.is_file() else (params, image)
+        raise FileFormatError(f"{there} lies alone: {missing.name} is missing beside it; add it or remove both.")
+    if not image.is_file():
+        return None
+    flame = load_flame_params(params, model)
+    if (timesteps := len(flame.expr)) != 1:
+        raise FileFormatError(f"{params} holds {timesteps} timesteps, expected the one of {image.name}.")
+    return image, flame
 
 
 def _kept_points(name: str, num: int, keep: float) -> np.ndarray:

@@ -24,74 +24,24 @@ from jaxtyping import Int
 
 from pointillist_jax.data.byte_cache import ByteCache
 from pointillist_jax.data.records import pack_record, unpack_record
-from pointillist_jax.data.template_space import SPACES
-from pointillist_jax.files import (
-    FileFormatError,
-    UserError,
-    WriteError,
-    atomic_path,
-    file_sha256,
-    read_json,
+from pointillist_jax.data.store_meta import (
+    FORMAT,
+    META,
+    NAME,
+    VERSION,
+    StoreSpec,
+    read_meta,
+    read_spec,
+    spec_difference,
 )
-from pointillist_jax.tokens import TOKENIZER_VERSION, PointTokenizer
+from pointillist_jax.files import FileFormatError, UserError, WriteError, atomic_path, file_sha256
+from pointillist_jax.tokens import PointTokenizer
 
-FORMAT, VERSION = "pointillist-tokens", 1
-META = "meta.json"
 FLAME_FIELDS = ("shape", "expr", "rotation", "neck_pose", "jaw_pose", "eyes_pose", "translation")
 # One record per chunk, so that a subject is read alone; tokens and pictures gain little from compression, and
 # uncompressed ones are read three times as fast.
 _WRITER_OPTIONS = "group_size:1,uncompressed,max_parallelism:1"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
-_NAME = re.compile(r"[^/\\\0]{1,200}")
-
-
-@dataclasses.dataclass(frozen=True)
-class StoreSpec:
-    """What all subjects of a store have in common; stores of different specs cannot be mixed.
-
-    Attributes:
-      tokenizer: bins, faces and bounds.
-      flame_sha256: of the head model's file.
-      flame_source: its name, for people.
-      canonical_jaw: radians by which the canonical mesh opens its mouth (DESIGN §3).
-      portrait_size: side of the portraits in pixels.
-      out_of_bounds: "error", or "clip" if points outside the cube were moved onto its border.
-      keep: share of every fit's points that were taken (`DataConfig.keep`).
-      space: "identity" or "template" (`DataConfig.space`).
-    """
-
-    tokenizer: PointTokenizer
-    flame_sha256: str
-    flame_source: str = ""
-    canonical_jaw: float = 0.3
-    portrait_size: int = 518
-    out_of_bounds: str = "error"
-    keep: float = 1.0
-    space: str = "identity"
-
-    def __post_init__(self):
-        if self.space not in SPACES:
-            raise UserError(f"data.space={self.space!r} must be one of {', '.join(SPACES)}.")
-        if not 0 < self.keep <= 1:
-            raise UserError(f"data.keep={self.keep} must lie above 0 and be at most 1.")
-
-    def to_json(self) -> dict[str, Any]:
-        t = self.tokenizer
-        return {
-            "tokenizer": {
-                "version": TOKENIZER_VERSION,
-                "bins": t.bins,
-                "num_faces": t.num_faces,
-                "lower": list(t.lower),
-                "upper": list(t.upper),
-            },
-            "flame": {"sha256": self.flame_sha256, "source": self.flame_source},
-            "canonical_jaw": self.canonical_jaw,
-            "portrait_size": self.portrait_size,
-            "out_of_bounds": self.out_of_bounds,
-            "keep": self.keep,
-            "space": self.space,
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +85,7 @@ class TokenStore:
     def __init__(self, path: str | os.PathLike, *, cache_bytes: int = 1 << 30):
         self.path = Path(path)
         self._cache = ByteCache(cache_bytes)
-        self._meta = _read_meta(self.path)
+        self._meta = read_meta(self.path)
         self.spec: StoreSpec = read_spec(self.path, self._meta)
         entries = self._meta["subjects"]
         self.subjects = tuple(e["name"] for e in entries)
@@ -274,24 +224,6 @@ def open_store(
     return store
 
 
-def spec_difference(have: StoreSpec, want: StoreSpec) -> str | None:
-    """How two specs differ, as "<name> <have>, not <want>", or None. Names of head models do not count."""
-
-    def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        out = {}
-        for key, value in content.items():
-            out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return out
-
-    have_flat, want_flat = flat(have.to_json()), flat(want.to_json())
-    for key, value in have_flat.items():
-        if key != "flame.source" and value != want_flat[key]:
-            label = {"flame.sha256": "another head model, sha256"}.get(key, key.removeprefix("tokenizer."))
-            name = f" ({have.flame_source})" if key == "flame.sha256" and have.flame_source else ""
-            return f"{label} {value}{name}, not {want_flat[key]}"
-    return None
-
-
 class StoreWriter:
     """Adds subjects to a new or existing store, a whole shard at a time.
 
@@ -329,13 +261,13 @@ class StoreWriter:
         names = [r.name for r in records]
         if twice := sorted({n for n in names if names.count(n) > 1 or n in self.subjects}):
             raise UserError(f"{self.path} already holds {twice[0]!r}; a subject is stored once.")
-        if bad := [n for n in names if not _NAME.fullmatch(n) or n.startswith(".")]:
+        if bad := [n for n in names if not NAME.fullmatch(n)]:
             raise UserError(f"{bad[0]!r} cannot be a subject's name: no slashes, no leading dot, 1 to 200 letters.")
         shard = f"tokens-{len(self._meta['shards']):05d}.array_record"
         with atomic_path(self.path / shard) as temporary:
             packed, entries = [], []
             for i, record in enumerate(records):
-                packed.append(_pack(record))
+                packed.append(_pack(record, self.spec))
                 entries.append(
                     {
                         "name": record.name,
@@ -376,7 +308,7 @@ class StoreWriter:
             temporary.write_text(json.dumps(self._meta, indent=1) + "\n")
 
 
-def _pack(record: SubjectRecord) -> bytes:
+def _pack(record: SubjectRecord, spec: StoreSpec) -> bytes:
     flame = record.flame
     if flame is None:
         raise TypeError("a record needs FLAME parameters; without a portrait, those of the canonical pose")
@@ -387,7 +319,12 @@ def _pack(record: SubjectRecord) -> bytes:
     if record.portrait is not None:
         arrays["portrait"] = np.asarray(record.portrait, np.uint8)
     info = {"subject": record.name, "num_points": (len(record.tokens) - 8) // 4, "format": FORMAT, "version": VERSION}
-    return pack_record(info, arrays)
+    return pack_record(info | _bounds(spec), arrays)
+
+
+def _bounds(spec: StoreSpec) -> dict[str, list[float]]:
+    """The cube, which every record carries too: a shard that strays into another store is found out."""
+    return {name: list(getattr(spec.tokenizer, name)) for name in ("lower", "upper")}
 
 
 def _reader(path: Path):
@@ -396,85 +333,6 @@ def _reader(path: Path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, but meta.json names it; copy the whole store.")
     return ArrayRecordReader(str(path), _READER_OPTIONS)
-
-
-def _read_meta(path: Path) -> dict[str, Any]:
-    """meta.json with every field that is used later checked; file sizes of the shards compared."""
-    if not (path / META).is_file():
-        raise FileNotFoundError(
-            f"{path} is not a token store (no {META}); make one with `python -m experiments.tokenize`."
-        )
-    meta = read_json(path / META, "a token store's meta.json")
-    source = path / META
-    if (meta.get("format"), meta.get("version")) != (FORMAT, VERSION):
-        raise FileFormatError(
-            f"{source}: format {meta.get('format')!r} version {meta.get('version')!r}, expected {FORMAT!r} version "
-            f"{VERSION}; tokenise again with this version of the program."
-        )
-    try:
-        shards = {s["file"]: s for s in meta["shards"]}
-        counts = dict.fromkeys(shards, 0)
-        names = set()
-        for entry in meta["subjects"]:
-            good = (
-                isinstance(entry["name"], str)
-                and _NAME.fullmatch(entry["name"])
-                and not entry["name"].startswith(".")
-                and entry["name"] not in names
-                and all(type(entry[key]) is int and 0 <= entry[key] < 1 << 28 for key in ("num_points", "num_clipped"))
-                and type(entry["portrait"]) is bool
-                and isinstance(entry["fit_sha256"], str)
-                and entry["record"] == counts[entry["shard"]]
-            )
-            if not good:
-                raise ValueError(f"subject {entry['name']!r} is described wrongly")
-            names.add(entry["name"])
-            counts[entry["shard"]] += 1
-        for name, shard in shards.items():
-            if not re.fullmatch(r"tokens-\d{5,}\.array_record", name) or shard["num_records"] != counts[name]:
-                raise ValueError(f"shard {name!r} is described wrongly")
-        if type(meta["complete"]) is not bool:
-            raise ValueError("complete must be true or false")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise FileFormatError(f"{source} is damaged ({said[:200]}); copy the store again.") from None
-    for name, shard in shards.items():
-        size = (path / name).stat().st_size if (path / name).is_file() else None
-        if size != shard["bytes"]:
-            found = "missing" if size is None else f"{size} bytes"
-            raise FileFormatError(f"{path / name} is {found}, expected {shard['bytes']} bytes; copy the store again.")
-    return meta
-
-
-def read_spec(path: Path, meta: dict[str, Any]) -> StoreSpec:
-    """The inverse of `StoreSpec.to_json`; `path` is the folder whose meta.json holds it. Raises FileFormatError."""
-    try:
-        t = meta["tokenizer"]
-        if t["version"] != TOKENIZER_VERSION:
-            raise UserError(
-                f"{path} was made with tokenizer version {t['version']}, not {TOKENIZER_VERSION}: tokenise again."
-            )
-        tokenizer = PointTokenizer(
-            num_faces=t["num_faces"], bins=t["bins"], lower=tuple(t["lower"]), upper=tuple(t["upper"])
-        )
-        spec = StoreSpec(
-            tokenizer=tokenizer,
-            flame_sha256=str(meta["flame"]["sha256"]),
-            flame_source=str(meta["flame"]["source"]),
-            canonical_jaw=float(meta["canonical_jaw"]),
-            portrait_size=int(meta["portrait_size"]),
-            out_of_bounds=str(meta["out_of_bounds"]),
-            # Stores from before these took all points, around the people's own heads.
-            keep=float(meta.get("keep", 1.0)),
-            space=str(meta.get("space", "identity")),
-        )
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise FileFormatError(f"{path / META} is damaged ({error!s:.200}); copy the store again.") from None
-    if not 1 <= spec.portrait_size <= 1 << 13:
-        raise FileFormatError(f"{path / META}: portrait_size is {spec.portrait_size}, expected 1 to 8192.")
-    return spec
 
 
 def _check_record(source: str, info: dict, arrays: dict[str, np.ndarray], entry: dict, spec: StoreSpec) -> None:
@@ -489,6 +347,8 @@ def _check_record(source: str, info: dict, arrays: dict[str, np.ndarray], entry:
     sizes = {"rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6, "translation": 3}
     good = (
         info.get("subject") == entry["name"]
+        # Records of before carry no bounds.
+        and all(info.get(key, bound) == bound for key, bound in _bounds(spec).items())
         and fits("tokens", "int32", 4 * entry["num_points"] + 8)
         and fits("shape", "float32", None)
         and ("static_offset" not in arrays or fits("static_offset", "float32", None, 3))

@@ -7,21 +7,38 @@ import json
 import pickle
 import threading
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy.optimize import linear_sum_assignment
 
-from pointillist_jax.data.fits import load_fit
+from pointillist_jax.configs import IdentityConfig
+from pointillist_jax.data import token_store
+from pointillist_jax.data.fits import load_fit, save_fit
+from pointillist_jax.data.identities import sample_identity
 from pointillist_jax.data.records import pack_record, unpack_record
-from pointillist_jax.data.subjects import find_portrait, flame_fields, subject_record
+from pointillist_jax.data.subjects import check_subject, find_portrait, flame_fields, subject_record
 from pointillist_jax.data.token_store import StoreWriter, open_store
 from pointillist_jax.files import FileFormatError, UserError, file_sha256
+from pointillist_jax.flame import face_frames, flame_vertices
 from pointillist_jax.flame.param_files import save_flame_params
 from tests.data.capture_files import write_capture
 from tests.data.fit_files import HEAD_SPEC, MODEL, random_person, write_fit
 from tests.data.stores import SPEC, TOKENIZER, random_record, write_store
+
+
+def assert_half_a_cell(tokenizer, tokens, means, binding) -> None:
+    """The points are the truth's, one to one: on the same faces, at most half a cell away on each axis."""
+    points, faces = tokenizer.decode(tokens)
+    np.testing.assert_array_equal(np.sort(faces), np.sort(binding))
+    # Centres went through float32; a point on a cell's border may fall on either side.
+    half = tokenizer.cell / 2 + 1e-6
+    for face in np.unique(binding):
+        far = (np.abs(points[faces == face][:, None] - means[binding == face][None]) > half).any(axis=-1)
+        assert not far[linear_sum_assignment(far)].any()
 
 
 def test_truth_to_tokens_and_back_within_half_a_cell(tmp_path, rng):
@@ -33,16 +50,9 @@ def test_truth_to_tokens_and_back_within_half_a_cell(tmp_path, rng):
     writer.finish()
     store = open_store(tmp_path / "store", HEAD_SPEC.tokenizer, flame_sha256=MODEL.sha256)
     store.verify()
-    # Centres went through float32; a point on a cell's border may fall on either side.
-    half = store.tokenizer.cell.max() / 2 + 1e-6
     for i, name in enumerate(store.subjects):
         means, binding = truth[name]
-        points, faces = store.tokenizer.decode(store.tokens(i))
-        np.testing.assert_array_equal(np.sort(faces), np.sort(binding))
-        for face in np.unique(binding):
-            off = np.abs(points[faces == face][:, None] - means[binding == face][None]).max(axis=-1)
-            assert off.min(axis=0).max() <= half
-            assert off.min(axis=1).max() <= half
+        assert_half_a_cell(store.tokenizer, store.tokens(i), means, binding)
         fit, identity = load_fit(tmp_path / name, MODEL), store.identity(i)
         np.testing.assert_array_equal(identity["shape"], fit.params.shape)
         np.testing.assert_array_equal(identity["static_offset"], fit.params.static_offset)
@@ -54,6 +64,28 @@ def test_truth_to_tokens_and_back_within_half_a_cell(tmp_path, rng):
     assert store.num_points.tolist() == list(names.values())
     # The same centres as the rig's own placement.
     np.testing.assert_allclose(fit.canonical(MODEL, 0.3)[1].means, means, atol=1e-6)
+
+
+@pytest.mark.parametrize("hair", ["bald", "long"])
+def test_a_synthetic_person_to_tokens_and_back(tmp_path, hair):
+    """The person's own truth, in float64 where it stands; nobody sticks out of the default cube."""
+    person = sample_identity(MODEL, 7, IdentityConfig(density=0.1), hair_style=hair, beard="full", glasses="thin")
+    save_fit(tmp_path / hair / "truth", person.gaussians, person.params, MODEL)
+    record = subject_record(hair, tmp_path / hair, MODEL, HEAD_SPEC)
+    binding, local = np.asarray(person.gaussians.binding), np.asarray(person.gaussians.means, np.float64)
+    vertices = flame_vertices(MODEL, person.params.canonical(HEAD_SPEC.canonical_jaw))
+    rotation, scale, center = (np.asarray(x, np.float64)[binding] for x in face_frames(vertices, MODEL.faces))
+    means = scale[:, None] * np.einsum("pab,pb->pa", rotation, local) + center
+    t = HEAD_SPEC.tokenizer
+    assert record.num_clipped == ((means < t.lower) | (means > t.upper)).any(axis=1).sum() == 0
+    np.testing.assert_allclose(t.cell, 0.6 / 1024)
+    assert_half_a_cell(t, record.tokens, means, binding)
+    assert len(record.tokens) == 4 * len(means) + 8
+    # A cell moved is found out.
+    shifted = record.tokens.copy()
+    shifted[4] += 1 if shifted[4] < t.bins - 1 else -1
+    with pytest.raises(AssertionError):
+        assert_half_a_cell(t, shifted, means, binding)
 
 
 def test_points_outside_the_cube_are_counted_or_clipped(tmp_path, rng):
@@ -87,8 +119,6 @@ def test_a_share_of_the_points_is_kept_by_name(tmp_path, rng):
 
 
 def test_portraits_from_files_from_captures_or_none(tmp_path, rng):
-    import imageio.v3 as iio
-
     assert find_portrait([tmp_path], MODEL, 16) is None
     write_capture(tmp_path / "capture", MODEL, rng)
     portrait = find_portrait([tmp_path / "nothing", tmp_path / "capture"], MODEL, 24)
@@ -114,6 +144,35 @@ def test_portraits_from_files_from_captures_or_none(tmp_path, rng):
     save_flame_params(own / "portrait_flame_param.npz", params, MODEL)
     with pytest.raises(FileFormatError, match="holds 3 timesteps"):
         find_portrait([own], MODEL, 24)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("point_cloud.ply", lambda data: data[:-5], "is truncated"),
+        ("point_cloud.ply", lambda data: data.replace(b"binding_0", b"binding_1"), "has no binding_0"),
+        ("point_cloud.ply", lambda data: data.replace(b"opacity", b"opacitx"), "property opacity is missing"),
+        ("point_cloud.ply", lambda data: data[: data.find(b"end_header\n") + 11].replace(b"x 60", b"x 0"),
+         "holds no Gaussians"),
+        ("point_cloud.ply", None, "holds no fit"),
+        ("flame_param.npz", None, "does not exist"),
+        ("flame_param.npz", lambda data: data[:99], "cannot be read as .npz"),
+        ("portrait.png", None, "lies alone"),
+        ("portrait.png", lambda data: data[:99], "is a truncated PNG"),
+        ("portrait_flame_param.npz", lambda data: data[:99], "cannot be read as .npz"),
+    ],
+)  # fmt: skip
+def test_a_subject_is_checked_by_headers(tmp_path, rng, file, damage, message):
+    write_fit(tmp_path, rng, 60)
+    params = random_person(rng)
+    one = params.replace(**{k: v[:1] for k, v in vars(params).items() if k not in ("shape", "static_offset")})
+    save_flame_params(tmp_path / "portrait_flame_param.npz", one, MODEL)
+    iio.imwrite(tmp_path / "portrait.png", rng.integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    check_subject(tmp_path, MODEL, [tmp_path])
+    path = tmp_path / file
+    path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
+    with pytest.raises((UserError, FileNotFoundError), match=message):
+        check_subject(tmp_path, MODEL, [tmp_path])
 
 
 def test_what_goes_in_comes_out(tmp_path, rng):
@@ -246,6 +305,7 @@ def test_damage_is_named(tmp_path, rng):
         (text.replace('"portrait_size": 5', '"portrait_size": 6'), "is not what meta.json says"),
         (text.replace('"bins": 64', '"bins": 16'), "is not what meta.json says"),
         (text.replace('"bins": 64', '"bins": "many"'), "bins"),
+        (text.replace("-0.34", "-0.33"), "is not what meta.json says"),  # The cube stands in every record too.
         (text.replace('"portrait_size": 5', '"portrait_size": 1e999'), "damaged"),
         (text.replace('"portrait_size": 5', '"portrait_size": "five"'), "damaged"),
         ("[]", "object"),
@@ -268,6 +328,21 @@ def test_damage_is_named(tmp_path, rng):
         open_store(tmp_path).tokens(0)
     with pytest.raises(FileNotFoundError, match=r"no meta\.json"):
         open_store(tmp_path / "nowhere")
+
+
+def test_records_of_before_carry_no_bounds(tmp_path, rng, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr(token_store, "_bounds", lambda spec: {})
+        _, records = write_store(tmp_path, rng, [40, 7])
+    store = open_store(tmp_path)
+    np.testing.assert_array_equal(store.tokens(1), records[1].tokens)
+    # Added ones do.
+    writer = StoreWriter(tmp_path, SPEC)
+    path = writer.write_shard([random_record(rng, "new", 12)])
+    writer.finish()
+    assert b'"lower": [-0.3, -0.3, -0.34]' in path.read_bytes()
+    assert b'"lower"' not in (tmp_path / "tokens-00000.array_record").read_bytes()
+    open_store(tmp_path).verify()
 
 
 def test_tokens_that_break_the_grammar_are_found(tmp_path, rng):

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
+import functools
 
 import grain
-import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pointillist_jax.data.captures import load_capture
 from pointillist_jax.data.views import ViewSource, view_batches
 from pointillist_jax.files import UserError
 from pointillist_jax.flame import open_head
 from tests.data.capture_files import write_capture
+from tests.data.stream_properties import check_orbax_resume, check_processes, check_resume, equal
 
 MODEL = open_head("coarse")
+SEEDS = st.integers(0, 2**31)
 
 
 @pytest.fixture(scope="module")
@@ -54,23 +58,94 @@ def test_rows_are_the_captures(captures):
     assert len(seen) == 10
 
 
-def test_shards_and_resume(captures):
+@st.composite
+def captures_of_some_views(draw, captures):
+    """One to three people, each with views of its own: any cameras at any timesteps; perhaps one, perhaps none."""
+    people = draw(st.lists(st.sampled_from(range(len(captures))), min_size=1, max_size=3))
+    chosen = []
+    for i, number in enumerate(people):
+        split = captures[number].split("train")
+        rows = draw(st.lists(st.integers(0, len(split) - 1), min_size=int(i == 0), unique=True))
+        per_view = ("viewmats", "Ks", "sizes", "timesteps", "camera_indices", "file_sizes")
+        fields = {name: getattr(split, name)[np.array(rows, int)] for name in per_view}
+        fields |= {name: tuple(getattr(split, name)[n] for n in rows) for name in ("image_paths", "mask_paths")}
+        views = dataclasses.replace(split, **fields)
+        chosen.append(dataclasses.replace(captures[number], subject=f"p{i}", splits={"train": views}))
+    return chosen
+
+
+def triples(batches) -> list[tuple[int, int, int]]:
+    """(subject, timestep, camera) of every row, in order."""
+    names = ("subject", "timestep", "camera")
+    return [row for b in batches for row in zip(*(b[name].tolist() for name in names), strict=True)]
+
+
+@settings(max_examples=40)
+@given(st.data(), st.integers(1, 7), st.integers(1, 3), st.booleans(), SEEDS)
+def test_every_view_is_seen_once_an_epoch(captures, data, batch_size, epochs, shuffle, seed):
+    some = data.draw(captures_of_some_views(captures))
+    everything = [
+        (i, int(t), int(c))
+        for i, capture in enumerate(some)
+        for t, c in zip(capture.split("train").timesteps, capture.split("train").camera_indices, strict=True)
+    ]
+    batches = view_batches(some, batch_size=batch_size, num_epochs=epochs, shuffle=shuffle, seed=seed, num_threads=0)
+    rows, n = triples(batches), batches.records_per_epoch
+    for epoch in range(epochs):
+        order = rows[epoch * n : (epoch + 1) * n]
+        assert sorted(order) == sorted(everything)
+        assert shuffle or order == everything
+    assert len(rows) == len(batches) * batch_size
+    assert set(rows[epochs * n :]) <= {(-1, -1, -1)}
+    assert rows == triples(batches)
+
+
+def test_epochs_and_seeds_are_shuffled_differently(captures):
+    first, second = (triples(view_batches(captures, batch_size=1, num_epochs=2, seed=seed)) for seed in (0, 1))
+    assert sorted(first[:10]) == sorted(first[10:])
+    assert len({tuple(first[:10]), tuple(first[10:]), tuple(second[:10]), tuple(second[10:])}) == 4
+
+
+@settings(max_examples=30)
+@given(st.data(), st.integers(1, 4), st.integers(1, 3), st.booleans(), SEEDS)
+def test_processes_together_are_one_process(captures, data, rows, processes, shuffle, seed):
+    some = data.draw(captures_of_some_views(captures))
+    how = {"batch_size": rows * processes, "shuffle": shuffle, "seed": seed, "num_threads": 0}
+    check_processes(functools.partial(view_batches, some, **how), processes)
+
+
+@settings(max_examples=20)
+@given(st.data(), st.integers(1, 5), st.integers(0, 30), st.sampled_from([0, 0, 0, 2]), SEEDS)
+def test_resume_after_any_batch_is_the_uninterrupted_stream(captures, data, batch_size, taken, threads, seed):
+    some = data.draw(captures_of_some_views(captures))
+    check_resume(view_batches(some, batch_size=batch_size, seed=seed, num_threads=threads), taken)
+
+
+@settings(max_examples=8)
+@given(st.data(), st.integers(1, 5), st.integers(0, 12), st.sampled_from([None, 2, 3]), SEEDS)
+def test_resume_through_orbax_after_any_batch(captures, tmp_path_factory, data, batch_size, taken, epochs, seed):
+    some = data.draw(captures_of_some_views(captures))
+    batches = view_batches(some, batch_size=batch_size, num_epochs=epochs, seed=seed, num_threads=0)
+    check_orbax_resume(tmp_path_factory.mktemp("orbax"), batches, min(taken, len(batches)))
+
+
+def test_grains_own_check_of_checkpoints(captures):
     grain.experimental.assert_equal_output_after_checkpoint(view_batches(captures, batch_size=4, num_epochs=2))
-    how = {"batch_size": 6, "seed": 1, "num_epochs": 2}
-    whole = view_batches(captures, **how)
-    parts = [list(view_batches(captures, process_index=p, process_count=3, **how)) for p in range(3)]
-    for k, batch in enumerate(whole):
-        joined = jax.tree.map(lambda *x: np.concatenate(x), *(part[k] for part in parts))
-        jax.tree.map(np.testing.assert_array_equal, joined, batch)
 
 
 @pytest.mark.slow
-def test_workers_decode_the_same_views(captures):
-    how = {"batch_size": 4, "seed": 3}
-    workers = iter(view_batches(captures, num_workers=2, **how))
-    for batch in itertools.islice(view_batches(captures, **how), 6):
-        jax.tree.map(np.testing.assert_array_equal, next(workers), batch)
-    workers.close()
+def test_workers_decode_the_same_views_and_resume(captures, tmp_path):
+    """A checkpoint made with two workers continues without, and the other way round."""
+    how = {"batch_size": 4, "seed": 3, "num_epochs": 3}
+    plain, workers = view_batches(captures, **how), view_batches(captures, num_workers=2, **how)
+    stream = iter(workers)
+    for batch in plain:
+        equal(next(stream), batch)
+    assert next(stream, None) is None
+    stream.close()
+    for taken in (0, 3, len(plain)):
+        check_orbax_resume(tmp_path / f"ahead_{taken}", workers, taken, len(plain), plain)
+        check_orbax_resume(tmp_path / f"back_{taken}", plain, taken, len(plain), workers)
 
 
 def test_refusals(captures, tmp_path, rng):

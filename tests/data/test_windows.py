@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-import json
+import functools
 import multiprocessing
 import os
 import signal
 
 import grain
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,15 +16,11 @@ from hypothesis import strategies as st
 from pointillist_jax.data.windows import WindowSource, split_subjects, window_batches
 from pointillist_jax.files import UserError
 from tests.data.stores import TOKENIZER, MemoryStore, write_store
+from tests.data.stream_properties import check_orbax_resume, check_processes, check_resume, equal
 
 POINTS = st.lists(st.integers(0, 40), min_size=1, max_size=5)
 WINDOWS = st.integers(1, 16).map(lambda n: 4 * n)
 SEEDS = st.integers(0, 2**31)
-
-
-def equal(a, b) -> None:
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-    assert jax.tree.structure(a) == jax.tree.structure(b)
 
 
 @given(POINTS, WINDOWS, SEEDS)
@@ -81,38 +74,28 @@ def test_windows_that_would_tear_points_apart_are_refused(rng, window, stride):
         WindowSource(MemoryStore(rng, [3]), window, stride)
 
 
-@settings(max_examples=12)
+@settings(max_examples=40)
 @given(POINTS, WINDOWS, st.integers(1, 6), st.integers(1, 3), st.booleans(), SEEDS)
 def test_processes_together_are_one_process(points, window, rows, processes, shuffle, seed):
-    """The union over N processes of batch k is batch k of one process, in the same order; also at the ragged end."""
     store = MemoryStore(np.random.default_rng(seed), points)
     how = {"window": window, "batch_size": rows * processes, "seed": seed, "shuffle": shuffle, "num_threads": 0}
-    for epochs in (2, None):
-        whole = window_batches(store, num_epochs=epochs, **how)
-        parts = [window_batches(store, num_epochs=epochs, process_index=p, process_count=processes, **how)
-                 for p in range(processes)]  # fmt: skip
-        assert {len(p) for p in parts} == {len(whole)}
-        take = len(whole) if epochs else 5
-        streams = [list(itertools.islice(p, take)) for p in parts]
-        for k, batch in enumerate(itertools.islice(whole, take)):
-            shares = [stream[k] for stream in streams]
-            equal(batch, jax.tree.map(lambda *x: np.concatenate(x), *shares))
+    check_processes(functools.partial(window_batches, store, **how), processes)
 
 
-@settings(max_examples=12)
+@settings(max_examples=25)
 @given(POINTS, WINDOWS, st.integers(1, 7), st.integers(1, 3), SEEDS)
 def test_every_epoch_is_the_whole_source_once(points, window, batch_size, epochs, seed):
     store = MemoryStore(np.random.default_rng(seed), points)
     batches = window_batches(store, window=window, batch_size=batch_size, num_epochs=epochs, seed=seed, num_threads=0)
-    rows = [(int(s), int(w)) for b in batches for s, w in zip(b["subject"], b["window"], strict=True)]
+    taken = list(batches)
+    rows = [(int(s), int(w)) for b in taken for s, w in zip(b["subject"], b["window"], strict=True)]
     n = batches.records_per_epoch
     everything = {(i, w) for i, length in enumerate(store.lengths) for w in range(-(-int(length) // window))}
     for epoch in range(epochs):
         assert sorted(rows[epoch * n : (epoch + 1) * n]) == sorted(everything)
     assert set(rows[epochs * n :]) <= {(-1, -1)}  # The last batch is filled up with records that count for nothing.
     assert len(rows) == len(batches) * batch_size
-    last = list(batches)[-1]
-    assert not last["mask"][last["subject"] < 0].any()
+    assert not taken[-1]["mask"][taken[-1]["subject"] < 0].any()
     if epochs * n >= batch_size:
         dropped = window_batches(
             store, window=window, batch_size=batch_size, num_epochs=epochs, drop_remainder=True, num_threads=0
@@ -138,23 +121,21 @@ def test_epochs_and_seeds_are_shuffled_differently_and_repeatably(rng):
     assert order(1) != first
 
 
-@settings(max_examples=10)
-@given(POINTS, WINDOWS, st.integers(1, 5), st.integers(0, 8), SEEDS)
-def test_resume_after_any_batch_is_the_uninterrupted_stream(points, window, batch_size, taken, seed):
+@settings(max_examples=20)
+@given(POINTS, WINDOWS, st.integers(1, 5), st.integers(0, 30), st.sampled_from([0, 0, 0, 2]), SEEDS)
+def test_resume_after_any_batch_is_the_uninterrupted_stream(points, window, batch_size, taken, threads, seed):
     store = MemoryStore(np.random.default_rng(seed), points)
-    batches = window_batches(store, window=window, batch_size=batch_size, seed=seed, condition=("portrait", "flame"))
-    iterator = iter(batches)
-    for _ in range(taken):
-        next(iterator)
-    state = json.loads(json.dumps(iterator.get_state()))
-    uninterrupted = [next(iterator) for _ in range(4)]
-    resumed = iter(batches)
-    next(resumed)
-    resumed.set_state(state)
-    for batch in uninterrupted:
-        equal(next(resumed), batch)
-    iterator.close()
-    resumed.close()
+    how = {"window": window, "batch_size": batch_size, "seed": seed, "num_threads": threads}
+    check_resume(window_batches(store, condition=("portrait", "flame"), **how), taken)
+
+
+@settings(max_examples=8)
+@given(POINTS, WINDOWS, st.integers(1, 5), st.integers(0, 30), st.sampled_from([None, 2, 3]), SEEDS)
+def test_resume_through_orbax_after_any_batch(tmp_path_factory, points, window, batch_size, taken, epochs, seed):
+    """Also when that is the last batch, or when nothing was taken."""
+    store = MemoryStore(np.random.default_rng(seed), points)
+    batches = window_batches(store, window=window, batch_size=batch_size, seed=seed, num_epochs=epochs, num_threads=0)
+    check_orbax_resume(tmp_path_factory.mktemp("orbax"), batches, min(taken, len(batches)))
 
 
 def test_grains_own_check_of_checkpoints(rng):
@@ -165,28 +146,17 @@ def test_grains_own_check_of_checkpoints(rng):
 
 
 def test_workers_give_the_same_stream_and_resume_through_orbax(rng, tmp_path):
-    """A checkpoint made without workers continues with two, and the other way round."""
+    """A checkpoint made with two workers continues without, and the other way round."""
     store, _ = write_store(tmp_path / "store", rng, [50, 7, 31, 12])
     how = {"window": 16, "batch_size": 4, "condition": ("portrait",), "seed": 3, "num_epochs": 3}
     plain, workers = window_batches(store, **how), window_batches(store, num_workers=2, **how)
-    want = list(plain)
-    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
-        iterator = iter(workers)
-        for batch in want[:5]:
-            equal(next(iterator), batch)
-        args = ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator))
-        manager.save(5, args=args)
-        manager.wait_until_finished()
-        equal(next(iterator), want[5])
-        iterator.close()
-        for batches in (plain, workers):
-            resumed = iter(batches)
-            manager.restore(5, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed)))
-            rest = list(resumed)
-            assert len(rest) == len(want) - 5
-            for have, batch in zip(rest, want[5:], strict=True):
-                equal(have, batch)
-            resumed.close()
+    stream = iter(workers)
+    for batch in plain:
+        equal(next(stream), batch)
+    assert next(stream, None) is None
+    stream.close()
+    check_orbax_resume(tmp_path / "ahead", workers, 5, len(plain), plain)
+    check_orbax_resume(tmp_path / "back", plain, 5, len(plain), workers)
 
 
 def test_workers_do_not_hear_ctrl_c(rng, tmp_path):

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -73,6 +74,7 @@ def test_a_store_of_fits(fits, finished):
     for name in ("meta.json", "tokens-*.array_record", "lengths.json", "lengths.png", str(workdir)):
         assert name in printed
     assert "7 subjects have no portrait" in printed
+    assert re.search(r"  8 subjects tokenised, \d+\.\d\d s each\n", printed)
     store = open_store(workdir)
     store.verify()
     assert store.num_points.tolist() == [333] + [1500 + i for i in range(1, 8)]
@@ -147,6 +149,99 @@ def test_added_subjects_get_shards_of_their_own(fits, finished, tmp_path):
     assert contents(workdir) == {**contents(workdir), **before}
 
 
+@pytest.fixture
+def old(fits, finished, tmp_path):
+    """A finished store with features of frozen encoders, and a file of the user's."""
+    shutil.copytree(finished[0], tmp_path / "tokens")
+    (tmp_path / "tokens/features/kind").mkdir(parents=True)
+    (tmp_path / "tokens/notes.txt").write_text("mine\n")
+    return tmp_path / "tokens"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_overwriting_keeps_the_old_store_until_the_new_one_is_complete(fits, old, forks):
+    before, again = files(old), ("tokenize", "--detail=coarse", f"--workdir={old}", "--overwrite")
+    # Found by headers; then by the points themselves, when shards have been written; then by Ctrl-C.
+    bad = old.parent / "bad"
+    shutil.copytree(fits / "person_0001", bad / "a")
+    write_fit(bad / "b", np.random.default_rng(3), 50, spread=30.0)
+    shutil.copytree(fits / "person_0002", bad / "c")
+    (bad / "c/flame_param.npz").write_bytes(b"")
+    for subjects, said in (("a,c", "flame_param.npz"), ("a,b", "lie outside the box")):
+        ended = forks.run(*again, f"--fits={bad}", f"--subjects={subjects}", "--config.data.subjects_per_shard=1")
+        assert ended.code == 2
+        assert said in ended.err
+        assert {name: data for name, data in files(old).items() if ".tokens.new" not in name} == before
+        assert open_store(old).num_points.tolist()[0] == 333
+    seen = {"signal": "SIGINT", "exists": [str(old), ".tokens.new/tokens-00002*"]}
+    one = ("--config.data.subjects_per_shard=1", "--config.data.bins=256")
+    ended = forks.run(*again, f"--fits={fits}", *one, interrupt=seen)
+    if ended.code:  # It may have been quicker.
+        assert ended.code == 130
+        assert open_store(old).spec.tokenizer.bins == 1024
+        appended = forks.run(*again[:3], "--append", f"--fits={fits}", "--subjects=person_0000")
+        assert "holds what an --overwrite was making: finish it with --resume" in appended.err
+        ended = forks.run(*again[:3], "--resume", f"--fits={fits}", *one)
+    assert ended.code == 0, ended.err
+    store = open_store(old)
+    store.verify()
+    assert store.spec.tokenizer.bins == 256
+    names = {
+        "notes.txt",
+        "meta.json",
+        "lengths.json",
+        "lengths.png",
+        *(f"tokens-{i:05d}.array_record" for i in range(8)),
+    }
+    assert {path.name for path in old.iterdir()} == names
+
+
+@pytest.mark.parametrize("moved", range(3))
+def test_a_kill_while_the_new_store_takes_the_old_ones_place(fits, finished, old, forks, moved):
+    """`--resume` ends it, wherever it was; a shard that the new store does not have is gone then."""
+    shutil.copy(old / "tokens-00007.array_record", old / "tokens-00008.array_record")
+    (old / ".tokens.new").mkdir()
+    for name in ("meta.json", *(f"tokens-{i:05d}.array_record" for i in range(8))):
+        shutil.copy(finished[0] / name, old / ".tokens.new" / name)
+    (old / "tokens-00001.array_record").write_bytes(b"of the old store")
+    for i in range(4 * moved):
+        os.replace(old / f".tokens.new/tokens-{i:05d}.array_record", old / f"tokens-{i:05d}.array_record")
+    ended = forks.run("tokenize", "--detail=coarse", f"--fits={fits}", f"--workdir={old}", "--resume")
+    assert ended.code == 0, ended.err
+    assert files(old) == files(finished[0]) | {"notes.txt": b"mine\n"}
+
+
+def test_all_bad_subjects_are_named_at_once(fits, tmp_path, forks):
+    """Those that headers tell before anything is written; then those that their points tell. The rest is resumed."""
+    root, rng = tmp_path / "fits", np.random.default_rng(3)
+    for name in ("a", "b", "c", "d", "e"):
+        write_fit(root / name, rng, 60, spread=30.0 if name in "bd" else 1.0)
+    good = (root / "e/point_cloud.ply").read_bytes()
+    (root / "e/point_cloud.ply").write_bytes(good[:-9])
+    (root / "c/portrait.png").write_bytes(b"")
+    run = ("tokenize", "--detail=coarse", f"--fits={root}", f"--workdir={tmp_path}/tokens", "--resume")
+    one = "--config.data.subjects_per_shard=1"
+    ended = forks.run(*run, one)
+    assert ended.code == 2
+    assert "2 of 5 subjects cannot be tokenised" in ended.err
+    assert re.search(r"\n  c: .*lies alone.*\n  e: .*is truncated.*\n$", ended.err)
+    assert not list((tmp_path / "tokens").iterdir())
+    (root / "e/point_cloud.ply").write_bytes(good)
+    (root / "c/portrait.png").unlink()
+    ended = forks.run(*run, one)
+    assert ended.code == 2
+    assert re.search(
+        r"2 of 5 .*\n  b: \d+ of 60 points lie outside .*\n  d: \d+ of 60 points lie outside .*\n$", ended.err
+    )
+    assert open_store(tmp_path / "tokens", allow_incomplete=True).subjects == ("a",)
+    ended = forks.run(*run, one, "--subjects=a,c,e")
+    assert ended.code == 0, ended.err
+    assert open_store(tmp_path / "tokens").subjects == ("a", "c", "e")
+
+
 def test_two_writers_of_one_store_are_refused(fits, tmp_path):
     lock = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -197,7 +292,7 @@ def test_refusals_are_one_sentence(fits, finished, arguments, message):
 
 
 def test_a_fit_of_gaussian_avatars_size_is_tokenised_in_seconds(tmp_path, rng, flame_model):
-    """86,127 Gaussians on FLAME with teeth (10,144 faces), SH degree 3. The aim is 2 s, which bench_data measures."""
+    """86,127 Gaussians on FLAME with teeth (10,144 faces), SH degree 3: below 2 s, in the best of some tries."""
     count, folder = 86_127, tmp_path / "306" / "point_cloud" / "iteration_600000"
     gaussians = Gaussians(
         means=rng.normal(0, 0.3, (count, 3)).astype(np.float32),
@@ -214,10 +309,10 @@ def test_a_fit_of_gaussian_avatars_size_is_tokenised_in_seconds(tmp_path, rng, f
     tokenizer = PointTokenizer(num_faces=flame_model.num_faces, lower=-3.0, upper=3.0)
     spec = StoreSpec(tokenizer, flame_model.sha256, out_of_bounds="clip")
     seconds = []
-    for _ in range(2):
+    while len(seconds) < 8 and min(seconds, default=2) >= 2:
         begin = time.perf_counter()
         record = subject_record("306", tmp_path / "306", flame_model, spec)
         seconds.append(time.perf_counter() - begin)
     assert len(record.tokens) == 4 * count + 8
     assert tokenizer.first_error(record.tokens) is None
-    assert min(seconds) < 6
+    assert min(seconds) < 2
