@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -20,7 +21,13 @@ SPACES = ("identity", "template")
 
 def canonical_frames(head: FlameModel, canonical: FlameParams) -> FaceFrames:
     """The face frames of a canonical mesh, as NumPy. `canonical`: without leading axes."""
-    return FaceFrames(*map(np.asarray, face_frames(flame_vertices(head, canonical), head.faces)))
+    return FaceFrames(*map(np.asarray, _frames(head, canonical)))
+
+
+# One program: step by step, a first subject would wait for some thirty small ones to be compiled.
+@jax.jit
+def _frames(head: FlameModel, canonical: FlameParams) -> FaceFrames:
+    return face_frames(flame_vertices(head, canonical), head.faces)
 
 
 def template_canonical(head: FlameModel, jaw: float) -> FlameParams:

@@ -140,7 +140,8 @@ class FlameParams:
             name: jnp.zeros_like(getattr(self, name))
             for name in ("expr", "rotation", "neck_pose", "eyes_pose", "translation")
         }
-        return self.replace(jaw_pose=jnp.zeros_like(self.jaw_pose).at[..., 0].set(jaw), **zero)
+        opened = jnp.broadcast_to(jnp.asarray([jaw, 0.0, 0.0], self.jaw_pose.dtype), self.jaw_pose.shape)
+        return self.replace(jaw_pose=opened, **zero)
 
     def timestep(self, t: int | Int[Array, ""]) -> FlameParams:
         """One timestep of one identity's motion: everything but shape and static offset has a leading axis [T]."""
