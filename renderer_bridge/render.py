@@ -103,10 +103,10 @@ def rasterize(
       rasterize_mode: `antialiased` dims Gaussians by what `eps2d` blurred them.
       backend: `jax` runs everywhere; `gsplat` needs CUDA, torch and gsplat, and float32; `auto` takes gsplat if its
         kernels load and logs the choice once.
-      capacity: upper bound of the number of tile intersections. None: with `jax` measured and grown by itself outside
-        jit; otherwise a generous figure from the shapes. `estimate_capacity` gives a tight one. What does not fit is
-        missing with `jax`, see `info["overflow"]`; with `gsplat` the picture is exact whatever it is, and a backward
-        pass only takes longer (it keeps the intersections, four bytes each, or finds them again).
+      capacity: upper bound of the number of tile intersections. None: measured and grown by itself outside jit, a
+        generous figure from the shapes inside. `estimate_capacity` gives a tight one. See `info["overflow"]`. With
+        `gsplat` every picture is exact: this is, if larger than that generous figure, how many intersections (of four
+        bytes) are kept for the backward pass, which takes longer where they are more.
       max_alpha: alpha clamp. None: the installed gsplat's with `gsplat`, .999 (gsplat 1.5) with `jax`.
       means2d_probe: zeros; differentiate with respect to it for the gradient of the projected means, in pixels, that
         density control needs.
@@ -349,18 +349,18 @@ def _measure(arrays: _Arrays, options: _Options) -> int:
 
 
 def _capacity(capacity: int | None, arrays: _Arrays, concrete: _Arrays | None, options: _Options) -> int:
-    if capacity is not None:
-        if not isinstance(capacity, int | np.integer) or not 0 < capacity < 2**31:
-            raise RasterizeError(f"capacity is {capacity!r}; expected a whole number from 1 to 2³¹ − 1.")
-        return int(capacity)
-    if concrete is not None and options.backend == "jax":
+    if capacity is not None and (not isinstance(capacity, int | np.integer) or not 0 < capacity < 2**31):
+        raise RasterizeError(f"capacity is {capacity!r}; expected a whole number from 1 to 2³¹ − 1.")
+    if capacity is None and concrete is not None and options.backend == "jax":
         return _round_up(_measure(concrete, options))
-    # Inside jit nothing can be measured, and gsplat needs no measure: eight tiles per Gaussian (photometric scenes have
-    # three to five), and room for lists of 128 where few Gaussians fill the image; never more than every Gaussian in
-    # every tile.
+    # Inside jit nothing can be measured: eight tiles per Gaussian (photometric scenes have three to five), and room
+    # for lists of 128 where few Gaussians fill the image; never more than every Gaussian in every tile.
     C, G = arrays.viewmats.shape[0], arrays.means.shape[0]
     tiles_all = C * math.prod(binning.tile_grid(options.width, options.height))
-    return max(1, min(max(8 * C * G, 128 * tiles_all), G * tiles_all, 2**31 - 1))
+    generous = max(1, min(max(8 * C * G, 128 * tiles_all), G * tiles_all, 2**31 - 1))
+    if options.backend == "gsplat":
+        return max(int(capacity or 0), generous)  # here room is cheap, and lack of it no more than slow
+    return generous if capacity is None else int(capacity)
 
 
 def _round_up(count: float) -> int:

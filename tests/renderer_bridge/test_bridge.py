@@ -180,58 +180,54 @@ def test_two_vmaps_of_several_cameras():
     kernel = Counting()
     shifts = jnp.asarray([[0.0, 0.3], [100.0, -0.4]])  # one of them leaves nothing to see
 
-    def one(render, shift):
-        return jnp.sum(render(arrays[0] + shift, *arrays[1:])[0] ** 2)
+    def one(kernel, shift):
+        return jnp.sum(_bridge(arrays[0] + shift, *arrays[1:], kernel=kernel)[0] ** 2)
 
-    mine = jax.jit(jax.vmap(jax.vmap(jax.grad(functools.partial(one, functools.partial(_bridge, kernel=kernel))))))
-    theirs = jax.jit(jax.grad(functools.partial(one, _native)))
-    found = mine(shifts)
+    found = jax.jit(jax.vmap(jax.vmap(jax.grad(functools.partial(one, kernel)))))(shifts)
     assert (kernel.calls, kernel.images) == (FORWARD + BACKWARD, [8] * 3)
-    np.testing.assert_allclose(found.ravel(), [theirs(x) for x in shifts.ravel()], rtol=2e-3)
+    alone = jax.jit(jax.grad(functools.partial(one, DIRECT)))
+    np.testing.assert_allclose(found.ravel(), [alone(x) for x in shifts.ravel()], rtol=1e-3)
 
 
 def test_one_forward_pass_serves_many_cotangents():
     """vmap repeats what was kept: each copy must stand for itself."""
     arrays = _inputs()
     kernel = Counting()
+    bars = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, H, W, 3)), jnp.float32)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def pulls(render, means):
-        image, pullback = jax.vjp(lambda m: render(m, *arrays[1:])[0], means)
-        bars = jnp.asarray(np.random.default_rng(0).normal(size=(3, *image.shape)), jnp.float32)
-        return jax.vmap(pullback)(bars)[0]
+    def pull(kernel, bars, over):
+        _, pullback = jax.vjp(lambda c: _bridge(*arrays[:4], c, *arrays[5:], kernel=kernel)[0], arrays[4])
+        return over(pullback)(bars)[0]
 
-    mine = pulls(functools.partial(_bridge, kernel=kernel), arrays[0])
+    found = jax.jit(lambda bars: pull(kernel, bars, jax.vmap))(bars)
     assert kernel.calls == FORWARD + BACKWARD
-    _assert_gradients(mine, pulls(_native, arrays[0]))
+    alone = jax.jit(lambda bar: pull(DIRECT, bar, lambda pullback: pullback))
+    _assert_gradients(found, [alone(bar) for bar in bars])
 
 
 @pytest.mark.parametrize("vmapped", [False, True])
 def test_lists_that_do_not_fit_are_made_again(caplog, vmapped):
-    arrays = _inputs()
+    inputs = _tile_inputs(_inputs())
     kernel = Counting()
 
-    def loss(viewmats, capacity):
-        def render(viewmats, Ks):
-            return _bridge(*arrays[:5], viewmats, Ks, kernel=kernel, capacity=capacity)[0]
+    def loss(colors, capacity):
+        def tiles(*inputs):
+            return gsplat_dlpack.rasterize_tiles(*inputs, W, H, capacity=capacity, kernel=kernel)[0]
 
-        image = (
-            jax.vmap(lambda v, K: render(v[None], K[None]))(viewmats, arrays[6])
-            if vmapped
-            else render(viewmats, arrays[6])
-        )
+        arrays = (*inputs[:2], colors, *inputs[3:])
+        image = jax.vmap(tiles)(*(x[:, None] for x in arrays)) if vmapped else tiles(*arrays)
         return jnp.sum(image**2)
 
     program = jax.jit(jax.grad(loss), static_argnums=1)
     with caplog.at_level(logging.WARNING, logger="renderer_bridge"):
-        found = [program(arrays[5], 50) for _ in range(2)]
+        again = [program(inputs[2], 50) for _ in range(2)]
     assert kernel.calls == (FORWARD + FORWARD + BACKWARD) * 2
     assert len([r for r in caplog.records if "capacity=50" in r.getMessage()]) == 1
-    expected = _native_pull(arrays, 2)[1][5]
-    _assert_gradients(found, [expected, expected])
     kernel.calls.clear()
-    _assert_gradients([program(arrays[5], 600)], [expected])
+    kept = program(inputs[2], 1000)
     assert kernel.calls == FORWARD + BACKWARD
+    assert float(jnp.abs(kept).max()) > 0
+    _assert_gradients(again, [kept, kept])
 
 
 def test_what_lies_behind_the_lists_is_never_read():
