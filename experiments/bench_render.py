@@ -3,6 +3,7 @@
     python -m experiments.bench_render                    # the grid on the JAX back end, 4 minutes on 2 free cores
     python -m experiments.bench_render --quick            # three sizes
     python -m experiments.bench_render --against=gsplat   # CUDA machines: overhead over plain torch + gsplat
+    python -m experiments.bench_render --against=gsplat --jax_too   # and the JAX back end there, which is slow
 
 An *evaluation* is one Gaussian tested against one pixel of a 16×16 tile that its box touches: evaluations =
 intersections × 256. Early stop makes the renderer do fewer, padding of lists to chunks and groups more; neither is
@@ -28,6 +29,7 @@ from renderer_bridge import binning, estimate_capacity, gsplat_dlpack, projectio
 _QUICK = flags.DEFINE_bool("quick", False, "Only the smallest, middle and largest size.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs per case (the median is shown).", lower_bound=1)
 _AGAINST = flags.DEFINE_enum("against", None, ["gsplat"], "Compare with plain torch + gsplat instead (needs CUDA).")
+_JAX_TOO = flags.DEFINE_bool("jax_too", False, "With --against=gsplat: time the JAX back end as well.")
 
 _COUNTS = (2_000, 20_000, 100_000)
 _SIDES = (128, 256, 512)
@@ -233,57 +235,75 @@ def against_gsplat() -> None:
     reason = gsplat_dlpack.unavailable()
     if reason is not None:
         raise common.UserError(f"--against=gsplat cannot run: {reason}.")
-    import gsplat
-    import torch
-
     rows = []
-    print(f"{'scene':5} {'G':>7} {'side':>4} | {'gsplat f+b':>10} {'bridge f+b':>10} {'overhead':>8} | {'jax f+b':>8}")
+    print(
+        f"{'scene':5} {'G':>7} {'side':>4} | {'gsplat f+b':>10} {'bridge f+b':>10} {'overhead':>8} | {'jax f+b':>8} | "
+        f"{'gsplat MB':>9} {'bridge MB':>9} {'of JAX MB':>9}"
+    )
     for kind in ("even", "head"):
         for count, side in cases(kind):
-            arrays = scene(kind, count, side)
-            weight = jnp.asarray(np.random.default_rng(1).normal(size=(1, side, side, 3)), jnp.float32)
-            programs = {
-                backend: jax.jit(
-                    jax.grad(
-                        lambda *a, backend=backend, capacity=capacity, side=side, weight=weight: jnp.sum(
-                            weight * rasterize(*a, side, side, backend=backend, capacity=capacity)[0]
-                        ),
-                        argnums=range(6),
-                    )
-                )
-                for backend, capacity in (
-                    ("gsplat", None),
-                    ("jax", estimate_capacity(*arrays[:4], *arrays[5:], side, side, margin=1.0)),
-                )
-            }
-            leaves = [torch.from_dlpack(x).clone().requires_grad_(True) for x in arrays[:6]]
-            Ks, bar = torch.from_dlpack(arrays[6]).clone(), torch.from_dlpack(weight).clone()
-
-            def plain(leaves=leaves, Ks=Ks, bar=bar, side=side):
-                image, _, _ = gsplat.rasterization(*leaves, Ks, side, side, packed=False)
-                torch.autograd.grad((image * bar).sum(), leaves)
-                torch.cuda.synchronize()
-
-            seconds = common.alternate(
-                {
-                    "gsplat": plain,
-                    "bridge": lambda programs=programs, a=arrays: jax.block_until_ready(programs["gsplat"](*a)),
-                    "jax": lambda programs=programs, a=arrays: jax.block_until_ready(programs["jax"](*a)),
-                },
-                max(_REPEATS.value, 20),
-                warmup=5,
+            row = {"scene": kind, "gaussians": count, "side": side} | compare_with_gsplat(
+                scene(kind, count, side), side
             )
-            row = {"scene": kind, "gaussians": count, "side": side}
-            row |= {f"{name}_ms": value * 1e3 for name, value in seconds.items()}
-            row["overhead"] = seconds["bridge"] / seconds["gsplat"] - 1
-            row["torch_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
             rows.append(row)
+            jax_ms = f"{row['jax_ms']:8.3f}" if _JAX_TOO.value else f"{'-':>8}"
             print(
                 f"{kind:5} {count:7} {side:4} | {row['gsplat_ms']:10.3f} {row['bridge_ms']:10.3f} "
-                f"{row['overhead']:8.1%} | {row['jax_ms']:8.3f}",
+                f"{row['overhead']:8.1%} | {jax_ms} | {row['gsplat_torch_peak_mb']:9.1f} "
+                f"{row['bridge_torch_peak_mb']:9.1f} {row['jax_peak_mb']:9.1f}",
                 flush=True,
             )
     common.json_line("bench_render_against_gsplat", {"rows": rows})
+
+
+def compare_with_gsplat(arrays, side: int) -> dict[str, float]:
+    """One case: milliseconds of a loss and its gradients; peaks of torch's memory, and of JAX's so far in this process.
+
+    Raises:
+      AssertionError: the images' losses or the gradients differ, so that the times would mean nothing.
+    """
+    import gsplat
+    import torch
+
+    target = jnp.asarray(np.random.default_rng(1).uniform(size=(1, side, side, 3)), jnp.float32)
+
+    # The image enters the loss's gradient, or XLA would leave out the forward pass, which plain torch never does.
+    def program(backend: str, capacity: int | None):
+        def loss(*arrays):
+            return jnp.mean((rasterize(*arrays, side, side, backend=backend, capacity=capacity)[0] - target) ** 2)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=range(6)))
+
+    capacity = estimate_capacity(*arrays[:4], *arrays[5:], side, side, margin=1.0)
+    programs = {"bridge": program("gsplat", None)} | ({"jax": program("jax", capacity)} if _JAX_TOO.value else {})
+    leaves = [torch.from_dlpack(x).clone().requires_grad_(True) for x in arrays[:6]]
+    Ks, goal = torch.from_dlpack(arrays[6]).clone(), torch.from_dlpack(target).clone()
+
+    def plain():
+        image, _, _ = gsplat.rasterization(*leaves, Ks, side, side, packed=False)
+        loss = ((image - goal) ** 2).mean()
+        gradients = torch.autograd.grad(loss, leaves)
+        torch.cuda.synchronize()
+        return loss.detach(), gradients
+
+    steps = {"gsplat": plain}
+    steps |= {name: functools.partial(lambda p: jax.block_until_ready(p(*arrays)), p) for name, p in programs.items()}
+    results, row = {}, {}
+    for name, step in steps.items():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        loss, gradients = step()
+        results[name] = float(loss), [np.asarray(x.cpu() if name == "gsplat" else x) for x in gradients]
+        row[f"{name}_torch_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    row["jax_peak_mb"] = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / 2**20
+    expected_loss, expected = results.pop("gsplat")
+    for name, (loss, gradients) in results.items():
+        np.testing.assert_allclose(loss, expected_loss, rtol=1e-4, err_msg=name)
+        for mine, theirs in zip(gradients, expected, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=2e-2, atol=1e-2 * np.abs(theirs).max(), err_msg=name)
+    seconds = common.alternate(steps, max(_REPEATS.value, 20), warmup=5)
+    row |= {f"{name}_ms": value * 1e3 for name, value in seconds.items()}
+    return row | {"overhead": seconds["bridge"] / seconds["gsplat"] - 1}
 
 
 if __name__ == "__main__":

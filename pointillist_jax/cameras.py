@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pointillist_jax.files import FileFormatError, read_json
+from pointillist_jax.flame.rotations import exact_einsum
 
 _log = logging.getLogger(__name__)
 
@@ -57,8 +58,8 @@ class Camera:
 
     def project(self, points: Float[Array, "P 3"]) -> tuple[Float[Array, "*b P 2"], Float[Array, "*b P"]]:
         """World points → (pixels [..., P, 2], depths [..., P] metres along the optical axis)."""
-        seen = jnp.einsum("...ab,pb->...pa", self.viewmats[..., :3, :3], points) + self.viewmats[..., None, :3, 3]
-        pixels = jnp.einsum("...ab,...pb->...pa", self.Ks[..., :2, :], seen / seen[..., 2:])
+        seen = exact_einsum("...ab,pb->...pa", self.viewmats[..., :3, :3], points) + self.viewmats[..., None, :3, 3]
+        pixels = exact_einsum("...ab,...pb->...pa", self.Ks[..., :2, :], seen / seen[..., 2:])
         return pixels, seen[..., 2]
 
 
@@ -109,7 +110,7 @@ def look_at(
     up = jnp.where(jnp.abs(along) > 1 - 1e-6, jnp.array([0.0, 0.0, -1.0]) * -jnp.sign(along), up)
     right = _unit(jnp.cross(forward, up))
     rotation = jnp.stack([right, jnp.cross(forward, right), forward], axis=-2)
-    shift = -jnp.einsum("...ab,...b->...a", rotation, position)
+    shift = -exact_einsum("...ab,...b->...a", rotation, position)
     return _assemble(rotation, shift)
 
 
@@ -304,7 +305,7 @@ def _flip_yz(matrix):
 
 def _rigid_inverse(matrix):
     rotation = jnp.swapaxes(matrix[..., :3, :3], -1, -2)
-    return _assemble(rotation, -jnp.einsum("...ab,...b->...a", rotation, matrix[..., :3, 3]))
+    return _assemble(rotation, -exact_einsum("...ab,...b->...a", rotation, matrix[..., :3, 3]))
 
 
 def _assemble(rotation, shift):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from scipy.spatial import cKDTree
 
 from pointillist_jax.flame import FlameModel, FlameParams, animate
-from pointillist_jax.flame.rotations import quat_to_rotation
+from pointillist_jax.flame.rotations import exact_einsum, quat_to_rotation
 from pointillist_jax.gaussians import SH_C0, Avatar, Gaussians
 
 # Viewers hold covariances as half floats (facts/encoders_and_metrics.md 8.1), whose full precision begins at 6e-5: in
@@ -56,7 +56,7 @@ def _posed(avatar, head, params, size, follow_stretch: bool):
     world = animate(avatar, head, params, follow_stretch=follow_stretch)
     scales = jnp.minimum(size * world.scales, _MAX_SCALE)
     axes = CENTIMETRES * quat_to_rotation(world.quats) * scales[..., None, :]
-    return CENTIMETRES * world.means, jnp.einsum("gai,gbi->gab", axes, axes)
+    return CENTIMETRES * world.means, exact_einsum("gai,gbi->gab", axes, axes)
 
 
 def own_colors(gaussians: Gaussians) -> np.ndarray:

@@ -58,16 +58,16 @@ def project(
     scales = jnp.where(valid[:, None], scales, 1.0)
     opacities = jnp.where(valid, opacities, 0.0)
 
-    rotations, translations = viewmats[:, :3, :3], viewmats[:, :3, 3]
-    camera_means = jnp.einsum("cij,gj->cgi", rotations, means) + translations[:, None]
-    depths = camera_means[..., 2]
+    # Products with the cameras' rotations are written out, component by component: as matrix products a GPU would round
+    # them to TF32 (a tenth of a pixel at 512²), and neither they nor their transposes would fuse.
+    rotations = viewmats[:, :3, :3, None]
+    x, y, depths = (_dot(rotations[:, i].swapaxes(0, 1), means.T) + viewmats[:, i, 3, None] for i in range(3))
     in_depth = (depths >= near_plane) & (depths <= far_plane) & valid
     # The z used for dividing; a culled Gaussian gets 1 so that neither value nor gradient overflows.
     z = jnp.where(in_depth & (jnp.abs(depths) > 1e-20), depths, 1.0)
 
     fx, fy = Ks[:, 0, 0, None], Ks[:, 1, 1, None]
     cx, cy = Ks[:, 0, 2, None], Ks[:, 1, 2, None]  # K's skew is not read: gsplat's pinhole kernel has none
-    x, y = camera_means[..., 0], camera_means[..., 1]
     x, y = jnp.where(in_depth, x, 0.0), jnp.where(in_depth, y, 0.0)
     means2d = jnp.stack([fx * x / z + cx, fy * y / z + cy], -1)
 
@@ -75,11 +75,13 @@ def project(
     half_x, half_y = 0.15 * width / fx, 0.15 * height / fy  # 0.3 · tan(fov/2) with tan(fov/2) = W / (2 fx)
     u = jnp.clip(x / z, -cx / fx - half_x, (width - cx) / fx + half_x)
     v = jnp.clip(y / z, -cy / fy - half_y, (height - cy) / fy + half_y)
-    axes = _rotation(quats) * scales[:, None, :]
-    camera_axes = jnp.einsum("cij,gjk->cgik", rotations, axes)
-    row_x = (fx / z)[..., None] * (camera_axes[..., 0, :] - u[..., None] * camera_axes[..., 2, :])
-    row_y = (fy / z)[..., None] * (camera_axes[..., 1, :] - v[..., None] * camera_axes[..., 2, :])
-    xx, xy, yy = jnp.sum(row_x * row_x, -1), jnp.sum(row_x * row_y, -1), jnp.sum(row_y * row_y, -1)
+    jacobian_x = [fx / z * (rotations[:, 0, j] - u * rotations[:, 2, j]) for j in range(3)]
+    jacobian_y = [fy / z * (rotations[:, 1, j] - v * rotations[:, 2, j]) for j in range(3)]
+    xx = xy = yy = 0.0
+    for *column, scale in zip(*_rotation(quats), scales.T, strict=True):
+        axis = [component * scale for component in column]
+        row_x, row_y = _dot(jacobian_x, axis), _dot(jacobian_y, axis)
+        xx, xy, yy = xx + row_x * row_x, xy + row_x * row_y, yy + row_y * row_y
 
     determinant_sharp = xx * yy - xy * xy
     xx, yy = xx + eps2d, yy + eps2d
@@ -106,18 +108,21 @@ def camera_positions(viewmats: jax.Array) -> jax.Array:
     return -(t[:, :1] * bc + t[:, 1:2] * ca + t[:, 2:] * ab) / determinant
 
 
-def _rotation(quats: jax.Array) -> jax.Array:
-    """[G, 4] wxyz of any non-zero length → [G, 3, 3]."""
+def _dot(a, b) -> jax.Array:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def _rotation(quats: jax.Array) -> list[list[jax.Array]]:
+    """[G, 4] wxyz of any non-zero length → three rows of three components [G]."""
     # Scaled by the largest component first: the square of a tiny quaternion underflows.
     quats = quats / jax.lax.stop_gradient(jnp.max(jnp.abs(quats), -1, keepdims=True))
     quats = quats * jax.lax.rsqrt(jnp.sum(quats * quats, -1, keepdims=True))
     w, x, y, z = (quats[..., i] for i in range(4))
-    rows = [
+    return [
         [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
         [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
         [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
     ]
-    return jnp.stack([jnp.stack(row, -1) for row in rows], -2)
 
 
 def _radii(means2d, xx, yy, opacities, visible, width, height, radius_clip) -> jax.Array:

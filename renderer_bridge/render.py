@@ -101,11 +101,12 @@ def rasterize(
       backgrounds: colour behind everything; depth channels have background 0.
       render_mode: `D` accumulated depth, `ED` expected depth (divided by alpha), `RGB+…` colour, then depth.
       rasterize_mode: `antialiased` dims Gaussians by what `eps2d` blurred them.
-      backend: `jax` runs everywhere; `gsplat` needs CUDA, torch and gsplat; `auto` takes gsplat if it loads and logs
-        the choice once.
-      capacity: upper bound of the number of tile intersections (`jax` back end only). None: measured and grown by
-        itself outside jit, a generous figure from the shapes inside. `estimate_capacity` gives a tight one. See
-        `info["overflow"]`.
+      backend: `jax` runs everywhere; `gsplat` needs CUDA, torch and gsplat, and float32; `auto` takes gsplat if its
+        kernels load and logs the choice once.
+      capacity: upper bound of the number of tile intersections. None: measured and grown by itself outside jit, a
+        generous figure from the shapes inside. `estimate_capacity` gives a tight one. See `info["overflow"]`. With
+        `gsplat` every picture is exact: this is, if larger than that generous figure, how many intersections (of four
+        bytes) are kept for the backward pass, which takes longer where they are more.
       max_alpha: alpha clamp. None: the installed gsplat's with `gsplat`, .999 (gsplat 1.5) with `jax`.
       means2d_probe: zeros; differentiate with respect to it for the gradient of the projected means, in pixels, that
         density control needs.
@@ -140,7 +141,7 @@ def rasterize(
         render_mode=_one_of("render_mode", render_mode, _MODES),
         rasterize_mode=_one_of("rasterize_mode", rasterize_mode, ("classic", "antialiased")),
         max_alpha=0.0,
-        backend=_choose_backend(backend, _kernel),
+        backend=_choose_backend(backend, _kernel, arrays.means.dtype),
         dlpack=_one_of("dlpack", dlpack, ("callback", "eager")),
         kernel=_kernel,
         capacity=0,
@@ -149,8 +150,7 @@ def rasterize(
     concrete = _concrete(arrays)
     if concrete is not None:
         _check_values(concrete)
-    if options.backend == "jax":
-        options = options._replace(capacity=_capacity(capacity, arrays, concrete, options))
+    options = options._replace(capacity=_capacity(capacity, arrays, concrete, options))
     render = _render if options.dlpack == "eager" and options.backend == "gsplat" else _render_jitted
     image, alpha, info = render(arrays, options)
     across, down = binning.tile_grid(options.width, options.height)
@@ -161,7 +161,7 @@ def rasterize(
         "tile_width": across,
         "tile_height": down,
         "n_cameras": arrays.viewmats.shape[0],
-        "capacity": options.capacity or None,
+        "capacity": options.capacity,
         "backend": options.backend,
     }
     return image, alpha, info
@@ -248,6 +248,7 @@ def _render(arrays: _Arrays, options: _Options) -> tuple[jax.Array, jax.Array, d
             projected.depths,
             width,
             height,
+            capacity=options.capacity,
             absgrad_probe=arrays.absgrad_probe,
             eager=options.dlpack == "eager",
             kernel=options.kernel,
@@ -348,17 +349,18 @@ def _measure(arrays: _Arrays, options: _Options) -> int:
 
 
 def _capacity(capacity: int | None, arrays: _Arrays, concrete: _Arrays | None, options: _Options) -> int:
-    if capacity is not None:
-        if not isinstance(capacity, int | np.integer) or not 0 < capacity < 2**31:
-            raise RasterizeError(f"capacity is {capacity!r}; expected a whole number from 1 to 2³¹ − 1.")
-        return int(capacity)
-    if concrete is not None:
+    if capacity is not None and (not isinstance(capacity, int | np.integer) or not 0 < capacity < 2**31):
+        raise RasterizeError(f"capacity is {capacity!r}; expected a whole number from 1 to 2³¹ − 1.")
+    if capacity is None and concrete is not None and options.backend == "jax":
         return _round_up(_measure(concrete, options))
     # Inside jit nothing can be measured: eight tiles per Gaussian (photometric scenes have three to five), and room
     # for lists of 128 where few Gaussians fill the image; never more than every Gaussian in every tile.
     C, G = arrays.viewmats.shape[0], arrays.means.shape[0]
     tiles_all = C * math.prod(binning.tile_grid(options.width, options.height))
-    return max(1, min(max(8 * C * G, 128 * tiles_all), G * tiles_all, 2**31 - 1))
+    generous = max(1, min(max(8 * C * G, 128 * tiles_all), G * tiles_all, 2**31 - 1))
+    if options.backend == "gsplat":
+        return max(int(capacity or 0), generous)  # here room is cheap, and lack of it no more than slow
+    return generous if capacity is None else int(capacity)
 
 
 def _round_up(count: float) -> int:
@@ -368,10 +370,10 @@ def _round_up(count: float) -> int:
     return min(-(-count // step) * step, 2**31 - 1)
 
 
-def _choose_backend(backend: str, kernel: Any) -> str:
+def _choose_backend(backend: str, kernel: Any, dtype: Any) -> str:
     _one_of("backend", backend, ("auto", "jax", "gsplat"))
     if backend == "auto":
-        return _auto_backend()
+        return _auto_backend() if dtype == jnp.float32 else "jax"  # gsplat knows no other type
     if backend == "gsplat" and kernel is None:
         reason = gsplat_dlpack.unavailable()
         if reason is not None:

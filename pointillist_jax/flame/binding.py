@@ -19,6 +19,7 @@ from pointillist_jax.files import UserError
 from pointillist_jax.flame.lbs import deform
 from pointillist_jax.flame.model import FlameModel, FlameParams
 from pointillist_jax.flame.rotations import (
+    exact_einsum,
     inverse_3x3,
     nearest_rotation,
     normalize,
@@ -97,7 +98,7 @@ def local_to_global(local: Gaussians, frames: FaceFrames) -> Gaussians:
       UserError: no binding, or one outside the mesh (checked when its values are known, i.e. outside jit).
     """
     rotation, scale, center = _frames_of(local, frames)
-    means = scale[..., None] * jnp.einsum("...pab,...pb->...pa", rotation, local.means) + center
+    means = scale[..., None] * exact_einsum("...pab,...pb->...pa", rotation, local.means) + center
     quats = quat_multiply(rotation_to_quat(rotation), normalize(local.quats))
     return local.replace(means=means, quats=quats, scales=scale[..., None] * local.scales, binding=None)
 
@@ -110,7 +111,7 @@ def global_to_local(world: Gaussians, binding: Int[Array, "P"], frames: FaceFram
     """
     bound = world.replace(binding=jnp.asarray(binding))
     rotation, scale, center = _frames_of(bound, frames)
-    means = jnp.einsum("...pba,...pb->...pa", rotation, world.means - center) / scale[..., None]
+    means = exact_einsum("...pba,...pb->...pa", rotation, world.means - center) / scale[..., None]
     quats = quat_multiply(quat_conjugate(rotation_to_quat(rotation)), normalize(world.quats))
     return bound.replace(means=means, quats=quats, scales=world.scales / scale[..., None])
 
@@ -232,9 +233,9 @@ def _animate(avatar: Avatar, model: FlameModel, params: FlameParams, follow_stre
             means = _interpolate(posed.vertices, corners, rig.barycentrics) + _apply(linear, rig.rest_offset)
         else:
             rest = _interpolate(posed.shaped, corners, rig.barycentrics) + _rest_offset_interpolated(model, rig)
-            shift = jnp.einsum("pj,...ja->...pa", rig.skin_weights, posed.shift)
+            shift = exact_einsum("pj,...ja->...pa", rig.skin_weights, posed.shift)
             means = _apply(linear, rest) + shift + params.translation[..., None, :]
-        turn = nearest_rotation(jnp.einsum("...pab,pbc->...pac", linear, rig.rest_linear))
+        turn = nearest_rotation(exact_einsum("...pab,pbc->...pac", linear, rig.rest_linear))
         moved = avatar.gaussians.replace(
             means=means, quats=quat_multiply(rotation_to_quat(turn), avatar.gaussians.quats), binding=None
         )
@@ -260,9 +261,9 @@ def _bind(model, canonical, points, binding, clamp: bool) -> PointRig:
     corners = model.faces[binding]
     triangle = posed.vertices[corners]
     barycentrics = _closest_barycentrics(points, triangle) if clamp else _plane_barycentrics(points, triangle)
-    skin_weights = jnp.einsum("pc,pcj->pj", barycentrics, model.skin_weights[corners])
+    skin_weights = exact_einsum("pc,pcj->pj", barycentrics, model.skin_weights[corners])
     rest_linear = inverse_3x3(_blend_joints(skin_weights, posed.rotation))
-    offset = points - jnp.einsum("pc,pca->pa", barycentrics, triangle)
+    offset = points - exact_einsum("pc,pca->pa", barycentrics, triangle)
     return PointRig(
         binding=binding,
         barycentrics=barycentrics,
@@ -280,7 +281,7 @@ def _rest_offset_interpolated(model: FlameModel, rig: PointRig):
     """[P, 3]: the offset for which the paper's formula gives the canonical points back in the canonical pose."""
     posed = deform(model, rig.canonical)
     corners = model.faces[rig.binding]
-    shift = jnp.einsum("pj,ja->pa", rig.skin_weights, posed.shift)
+    shift = exact_einsum("pj,ja->pa", rig.skin_weights, posed.shift)
     surface = _interpolate(posed.vertices, corners, rig.barycentrics) - rig.canonical.translation
     unposed = _apply(rig.rest_linear, surface - shift)
     return unposed + rig.rest_offset - _interpolate(posed.shaped, corners, rig.barycentrics)
@@ -293,11 +294,11 @@ def _interpolate(vertices, corners, barycentrics):
 
 def _blend_joints(skin_weights, rotation):
     """[P, J], [..., J, 3, 3] → [..., P, 3, 3]."""
-    return jnp.einsum("pj,...jab->...pab", skin_weights, rotation)
+    return exact_einsum("pj,...jab->...pab", skin_weights, rotation)
 
 
 def _apply(matrix, vector):
-    return jnp.einsum("...pab,...pb->...pa", matrix, vector)
+    return exact_einsum("...pab,...pb->...pa", matrix, vector)
 
 
 def _face_scale(edge, height_direction, other_edge):
@@ -328,7 +329,7 @@ def _closest_barycentrics(points, triangle):
     """Barycentrics of the point of each triangle nearest to its point: [P, 3], [P, 3, 3] → [P, 3], all in [0, 1]."""
     inside = _plane_barycentrics(points, triangle)
     best = inside
-    off = points - jnp.einsum("pc,pca->pa", inside, triangle)
+    off = points - exact_einsum("pc,pca->pa", inside, triangle)
     distance = jnp.where((inside >= 0).all(axis=-1), jnp.sum(off * off, axis=-1), jnp.inf)
     for i in range(3):
         j = (i + 1) % 3

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pointillist_jax.files import UserError
-from pointillist_jax.flame.rotations import rodrigues
+from pointillist_jax.flame.rotations import exact_einsum, rodrigues
 
 if TYPE_CHECKING:
     from pointillist_jax.flame.model import FlameModel, FlameParams
@@ -66,7 +66,7 @@ def _deform(model: FlameModel, params: FlameParams) -> Deformation:
         if params.static_offset is not None:
             identity = identity + params.static_offset
         neutral = identity + _blend(model.expr_dirs, params.expr)
-        joints = jnp.einsum("jv,...vk->...jk", model.joint_regressor, neutral)
+        joints = exact_einsum("jv,...vk->...jk", model.joint_regressor, neutral)
 
         pose = _full_pose(params)
         local = rodrigues(pose)
@@ -82,7 +82,7 @@ def _blend(directions, coefficients):
     """[V, 3, C] · [..., C] → [..., V, 3]; coefficients may be fewer than directions."""
     directions = directions[..., : coefficients.shape[-1]]
     v, k, c = directions.shape
-    flat = jnp.einsum("rc,...c->...r", directions.reshape(v * k, c), coefficients)
+    flat = exact_einsum("rc,...c->...r", directions.reshape(v * k, c), coefficients)
     return flat.reshape(*flat.shape[:-1], v, k)
 
 
@@ -98,12 +98,12 @@ def _chain(local, joints, parents):
     rotation, origin = [local[..., 0, :, :]], [joints[..., 0, :]]
     for j in range(1, len(parents)):
         p = parents[j]
-        rotation.append(rotation[p] @ local[..., j, :, :])
+        rotation.append(exact_einsum("...ab,...bc->...ac", rotation[p], local[..., j, :, :]))
         bone = joints[..., j, :] - joints[..., p, :]
-        origin.append(origin[p] + jnp.einsum("...ab,...b->...a", rotation[p], bone))
+        origin.append(origin[p] + exact_einsum("...ab,...b->...a", rotation[p], bone))
     rotation = jnp.stack(rotation, axis=-3)
     origin = jnp.stack(jnp.broadcast_arrays(*origin), axis=-2)
-    return rotation, origin - jnp.einsum("...jab,...jb->...ja", rotation, joints)
+    return rotation, origin - exact_einsum("...jab,...jb->...ja", rotation, joints)
 
 
 def _skin(weights, rotation, shift, points):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+# Products of coordinates. Left to itself a GPU rounds the factors of a float32 product to TF32's ten bits: half a
+# millimetre a metre.
+exact_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def rodrigues(axis_angle: Float[Array, "*b 3"]) -> Float[Array, "*b 3 3"]:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from pointillist_jax.configs import PATCH_COLORS, DecoderConfig
 from pointillist_jax.flame.binding import PointRig
+from pointillist_jax.flame.rotations import exact_einsum
 from pointillist_jax.gaussians import Avatar, Gaussians
 from pointillist_jax.models.attention import attention
 from pointillist_jax.models.blocks import attention_specs, cast_layer, mlp, mlp_specs, project_heads, project_out
@@ -176,7 +177,7 @@ def rigged(decoded: Decoded, rig: PointRig) -> Avatar:
     The barycentrics stay those of the points: only the offset from the surface moves, so that the decoder's offsets
     have a gradient and the canonical pose gives exactly the displaced points back.
     """
-    shift = jnp.einsum("pab,pb->pa", rig.rest_linear, decoded.offsets.astype(rig.rest_offset.dtype))
+    shift = exact_einsum("pab,pb->pa", rig.rest_linear, decoded.offsets.astype(rig.rest_offset.dtype))
     return Avatar(decoded.gaussians, rig.replace(rest_offset=rig.rest_offset + shift))
 
 

@@ -10,9 +10,10 @@ import json
 import jax
 import jax.numpy as jnp
 import scenes
-import torch_compositor
+import torch_ops
 
 from renderer_bridge import rasterize
+from renderer_bridge.torch_kernels import DirectKernel
 
 W, H, G, C = 40, 32, 40, 4
 
@@ -25,12 +26,18 @@ def main() -> None:
     P = jax.sharding.PartitionSpec
     views = []
 
-    def kernel(*arguments):
-        views.append(arguments[0].shape[0])
-        return torch_compositor.kernel(*arguments)
+    class Recording(DirectKernel):
+        def forward(self, *arguments):
+            views.append(len(arguments[0]))
+            return super().forward(*arguments)
 
-    def failing(*arguments):
-        raise ValueError("no more tiles")
+        def backward(self, *arguments):
+            views.append(len(arguments[0]))
+            return super().backward(*arguments)
+
+    class Failing(DirectKernel):
+        def intersect(self, *arguments):
+            raise ValueError("no more tiles")
 
     def loss(backend, kernel):
         def function(gaussians, cameras):
@@ -54,7 +61,7 @@ def main() -> None:
 
     (value, image), gradient = jax.jit(jax.value_and_grad(loss("jax", None), has_aux=True))(gaussians, cameras)
     report = {}
-    for backend, k in (("jax", None), ("gsplat", kernel)):
+    for backend, k in (("jax", None), ("gsplat", Recording(torch_ops))):
         v, i, g = sharded(loss(backend, k))(gaussians, cameras)
         report[backend] = {
             "value": abs(float(v - value)) / abs(float(value)),
@@ -65,7 +72,7 @@ def main() -> None:
     print(json.dumps(report))
 
     try:
-        jax.block_until_ready(sharded(loss("gsplat", failing))(gaussians, cameras))
+        jax.block_until_ready(sharded(loss("gsplat", Failing(torch_ops)))(gaussians, cameras))
     except Exception as error:
         print(json.dumps({"error": str(error)}))
 

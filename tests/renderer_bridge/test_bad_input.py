@@ -9,6 +9,7 @@ import pytest
 import scenes
 
 from renderer_bridge import RasterizeError, estimate_capacity, gsplat_dlpack, rasterize
+from renderer_bridge.torch_kernels import DirectKernel
 
 W, H = 40, 33
 NAMES = ("means", "quats", "scales", "opacities", "colors", "viewmats", "Ks")
@@ -146,7 +147,9 @@ def test_zero_gaussians_show_the_background(backend):
     background = np.asarray([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]], np.float32)
 
     def program(background):
-        return rasterize(**inputs, width=W, height=H, backgrounds=background, backend=backend, _kernel=lambda *a: None)
+        return rasterize(
+            **inputs, width=W, height=H, backgrounds=background, backend=backend, _kernel=DirectKernel(None)
+        )
 
     image, alpha, info = program(background)
     np.testing.assert_array_equal(image, np.broadcast_to(background[:, None, None], (2, H, W, 3)))

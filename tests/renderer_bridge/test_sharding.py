@@ -41,7 +41,7 @@ def test_four_devices_agree_with_one(reports):
         assert report[backend]["value"] < 1e-5
         assert report[backend]["image"] < 1e-5
         assert report[backend]["gradient"] < 1e-4
-    # Forward in the forward pass and again in the backward pass, one view on each device every time.
+    # One forward pass and one backward pass, one view on each device every time.
     assert report["views"] == [1] * 8
 
 

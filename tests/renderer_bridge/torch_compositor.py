@@ -1,4 +1,4 @@
-"""A plain torch tile compositor with the CUDA kernel's rules (facts C.4): the oracle, and gsplat's stand-in on CPU.
+"""A plain torch tile compositor with the rules of the CUDA kernel (facts C.4): the oracle, and a base of its stand-ins.
 
 It shares no code with the package: tiles are walked in Python, every list is blended densely with `cumprod`, gradients
 are torch's own autograd.
@@ -14,27 +14,32 @@ TILE = 16
 
 
 def kernel(means2d, conics, colors, opacities, radii, depths, width, height, absgrad, max_alpha=0.999):
-    """The signature of `renderer_bridge.gsplat_dlpack.Kernel`: [I, G, …] → image [I, H, W, X], alpha [I, H, W, 1]."""
-    images, alphas = [], []
+    """[I, G, …] → image [I, H, W, X], alpha [I, H, W, 1], differentiable; `absgrad` as gsplat's, an attribute."""
+    lists = (
+        (i, *one) for i in range(len(means2d)) for one in tile_lists(means2d[i], radii[i], depths[i], width, height)
+    )
+    return blend_lists(means2d, conics, colors, opacities, lists, width, height, absgrad, max_alpha)
+
+
+def blend_lists(means2d, conics, colors, opacities, lists, width, height, absgrad, max_alpha=0.999):
+    """As `kernel`, for lists (image, ids, rows, columns)."""
+    image = means2d.new_zeros(len(means2d), height, width, colors.shape[-1])
+    alpha = means2d.new_zeros(len(means2d), height, width, 1)
     if absgrad:
         means2d.absgrad = torch.zeros_like(means2d)
-    for i in range(means2d.shape[0]):
-        image = means2d.new_zeros(height, width, colors.shape[-1])
-        alpha = means2d.new_zeros(height, width, 1)
-        for ids, rows, columns in tile_lists(means2d[i], radii[i], depths[i], width, height):
-            mean = means2d[i][ids][None].expand(len(rows), -1, -1)
-            if absgrad and mean.requires_grad:
+    for i, ids, rows, columns in lists:
+        mean = means2d[i][ids][None].expand(len(rows), -1, -1)
+        if absgrad and mean.requires_grad:
 
-                def accumulate(gradient, i=i, ids=ids):
-                    means2d.absgrad[i].index_add_(0, ids, gradient.abs().sum(0))
+            def accumulate(gradient, i=i, ids=ids):
+                means2d.absgrad[i].index_add_(0, ids, gradient.abs().sum(0))
 
-                mean.register_hook(accumulate)
-            c, a, _ = blend(mean, conics[i][ids], colors[i][ids], opacities[i][ids], rows, columns, max_alpha)
-            image = image.index_put((rows, columns), c)
-            alpha = alpha.index_put((rows, columns), a[:, None])
-        images.append(image)
-        alphas.append(alpha)
-    return torch.stack(images), torch.stack(alphas)
+            mean.register_hook(accumulate)
+        c, a, _ = blend(mean, conics[i][ids], colors[i][ids], opacities[i][ids], rows, columns, max_alpha)
+        at = (torch.tensor(i), rows, columns)
+        image = image.index_put(at, c)
+        alpha = alpha.index_put(at, a[:, None])
+    return image, alpha
 
 
 def tile_lists(means2d, radii, depths, width, height):
