@@ -220,8 +220,17 @@ def _gsplat() -> Iterator[Finding]:
         version = importlib.metadata.version("gsplat")
     except importlib.metadata.PackageNotFoundError:
         version = None
-    if version:
-        yield Finding(OK, "gsplat", f"{version} (its CUDA kernels compile on first use)")
+    if version and jax.default_backend() == "gpu":
+        from renderer_bridge import gsplat_dlpack
+
+        # Loads its CUDA kernels: better here than within a program.
+        reason = gsplat_dlpack.unavailable()
+        found = (
+            f"{version}: {reason}: rendering uses the slower JAX rasteriser" if reason else f"{version}, kernels load"
+        )
+        yield Finding(OPTIONAL if reason else OK, "gsplat", found, INSTALL_GPU if reason else "")
+    elif version:
+        yield Finding(OK, "gsplat", f"{version} (its kernels need a CUDA GPU)")
     elif jax.default_backend() == "gpu":
         yield Finding(OPTIONAL, "gsplat", "not installed: rendering uses the slower JAX rasteriser", INSTALL_GPU)
     else:
