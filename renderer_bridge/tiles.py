@@ -36,7 +36,6 @@ _PIXEL_Y, _PIXEL_X = (
 STOP = 1e-4  # a pixel stops before the Gaussian that would bring its transmittance to this
 _GROUP = 64
 _CHUNK = 4
-_BACK_GROUP = 32
 _BACK_CHUNK = 4
 _NEVER = -1e4  # log-alpha of a Gaussian that does not touch the pixel; its exponential is 0
 _HEAD = 6  # leading columns of a packed row: mean x, y, conic xx, xy, yy, log opacity; colours follow
@@ -294,7 +293,7 @@ def _pixel_centres(origins: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _group_tiles(bins: Bins, static: _Static) -> tuple[_Groups, jax.Array]:
     """The groups, and [T] int32: where each tile lies in them once flattened."""
     T = bins.counts.shape[0]
-    size = min(_GROUP, T)
+    size = min(_GROUP, 2 * -(-T // 4))  # Few tiles in two groups: their lists differ most.
     number = -(-T // size)
     across, down = tile_grid(static.width, static.height)
     order = jnp.argsort(-bins.counts).astype(jnp.int32)
@@ -314,10 +313,9 @@ def _group_tiles(bins: Bins, static: _Static) -> tuple[_Groups, jax.Array]:
 
 
 def _split_groups(x: jax.Array) -> jax.Array:
-    """[N, S, …] → [N · k, S / k, …] with S / k = _BACK_GROUP where that divides S."""
+    """[N, S, …] → [2 N, S / 2, …]."""
     N, S = x.shape[:2]
-    size = _BACK_GROUP if S % _BACK_GROUP == 0 else S
-    return x.reshape(N * S // size, size, *x.shape[2:])
+    return x.reshape(2 * N, S // 2, *x.shape[2:])
 
 
 def _tiles_to_image(values: jax.Array, places: jax.Array, C: int, static: _Static) -> jax.Array:
