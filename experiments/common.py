@@ -237,9 +237,10 @@ def submit(pool: ProcessPoolExecutor, function: Callable[..., Any], *args: Any) 
 
 @contextlib.contextmanager
 def manager() -> Iterator[SyncManager]:
-    """A `multiprocessing` manager that Ctrl-C does not reach: it ends with the block."""
+    """A `multiprocessing` manager that Ctrl-C does not reach: it ends with the block, or with this process."""
+    shared = SyncManager(ctx=multiprocessing.get_context("spawn"))
     with unheard_by_children():
-        shared = multiprocessing.get_context("spawn").Manager()
+        shared.start(end_with_parent)
     with shared:
         yield shared
 
@@ -285,9 +286,9 @@ def _stop_workers(patience: float = 10.0) -> None:
 
 
 def end_with_parent() -> None:
-    """In a worker: it dies with the process that started it, even by SIGKILL.
+    """In a child: it dies with the process that started it, even by SIGKILL.
 
-    Else a killed run would go on writing behind the back of the one that resumes it.
+    Else a killed run would go on writing behind the back of the one that resumes it, and its manager would never end.
     """
 
     def watch() -> None:

@@ -9,11 +9,13 @@
 camera and held-out expression view, counts over time and by part of the head), report.png (truth beside fit) and
 timing.json. After a kill, `--resume` continues with the last checkpoint and ends with the same bytes.
 Several captures are all checked before the first is fitted. `--compare_density` fits every subject twice, without
-density control into `<workdir>/without_density/`, where `experiments.tokenize` does not look, and prints one table.
+density control into `<workdir>/without_density/`, where `experiments.tokenize` does not look; `<workdir>/<subject>/`
+gets comparison.json (both runs' scores, the gain, Gaussians by part of the head) and comparison.png besides.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -33,11 +35,12 @@ from tqdm import tqdm
 
 from experiments.common import manager, run, submit, worker_pool
 from experiments.config_flags import define_config
+from experiments.fit_report import comparison, comparison_sheet, print_comparisons, print_table, sheet
 from experiments.heads import DETAILS, choose_head
 from experiments.media import write_image
-from experiments.pictures import contact_sheet
 from pointillist_jax.configs import FitConfig
 from pointillist_jax.files import ArraySpec, UserError, atomic_path, file_sha256, read_json, read_npz
+from pointillist_jax.flame import FlameModel
 
 CAPTURE = flags.DEFINE_string("capture", None, "A capture folder, or a folder of capture folders.")
 WORKDIR = flags.DEFINE_string("workdir", "outputs/fits", "Where the fits go.")
@@ -58,8 +61,8 @@ RESUME = flags.DEFINE_boolean("resume", False, "Continue the fits in --workdir."
 OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Delete the fits of these subjects in --workdir first.")
 CONFIG = define_config("fit")
 
-_SHEET_VIEWS = 4  # of each split
-_LABEL_WIDTH = 200  # pixels
+_LOST = (EOFError, ConnectionError)  # What a queue raises whose process was killed.
+_LABELS = "truth/labels.npz"  # Of a synthetic person.
 _FIXED = "without_density"  # The folder of fits without density control.
 
 # The same file for every subject.
@@ -84,32 +87,34 @@ class Job:
 def main() -> None:
     start = time.perf_counter()
     jobs = list_jobs()
+    if not jobs:
+        print(f"nothing to do: there are fewer subjects than shards, and --shard={SHARD.value} has none.")
+        return
     prepare(jobs)
-    waiting = [job for job in jobs if not (Path(job.folder) / "report.json").is_file()]
+    waiting = [job for job in jobs if not is_done(job)]
     if len(waiting) < len(jobs):
         print(f"{len(jobs) - len(waiting)} of {len(jobs)} fits are done already")
     unusable = check_captures(waiting)
     failed = [(job.name, unusable[job.capture]) for job in waiting if job.capture in unusable]
     failed += fit_all([job for job in waiting if job.capture not in unusable])
 
-    done = [job for job in jobs if (Path(job.folder) / "report.json").is_file()]
-    for job in done:  # A kill may come between the report and this.
+    done = [job for job in jobs if is_done(job)]
+    for job in done:  # What a kill after the report left.
+        remove_rests(Path(job.folder))
         (Path(job.folder) / "checkpoint.npz").unlink(missing_ok=True)
+    comparisons, unusable = compare_all(done)
+    failed += unusable
     if done:
-        show(jobs=done, seconds=time.perf_counter() - start)
+        print_table({job.name: read_report(job) for job in done})
+        if comparisons:
+            print_comparisons(comparisons)
+        print(f"\ndone in {time.perf_counter() - start:.0f} s; everything lies in {Path(WORKDIR.value)}/:")
+        print("  <subject>/point_cloud/iteration_<N>/  the fit: for GaussianAvatars' viewer and experiments.tokenize")
+        print("  <subject>/report.json, report.png     scores, counts by part of the head, truth beside fit")
+        if comparisons:
+            print("  <subject>/comparison.json, .png       both runs' scores and counts, held-out views of both")
     if failed:
         raise UserError("\n".join(["some subjects could not be fitted:", *(f"  {n}: {e}" for n, e in failed)]))
-
-
-def show(jobs: list[Job], seconds: float) -> None:
-    """Tables of finished fits, and where they lie."""
-    reports = [(job, read_report(job)) for job in jobs]
-    print_table(reports)
-    if COMPARE.value:
-        compare(reports)
-    print(f"\ndone in {seconds:.0f} s; everything lies in {Path(WORKDIR.value)}/:")
-    print("  <subject>/point_cloud/iteration_<N>/  the fit: opens in GaussianAvatars' viewer and experiments.tokenize")
-    print("  <subject>/report.json, report.png     scores, counts by part of the head, truth beside fit")
 
 
 def list_jobs() -> list[Job]:
@@ -164,8 +169,13 @@ def prepare(jobs: list[Job]) -> None:
             shutil.rmtree(folder)
         elif any(folder.iterdir()) and not RESUME.value:
             raise UserError(f"{folder} is not empty; give --resume to continue it or --overwrite to start anew.")
-        elif (folder / "report.json").is_file():
+        elif is_done(job):
             done = read_report(job)
+            if not _same_head(done, job):
+                raise UserError(
+                    f"{folder} was fitted with another head than {head_of(job).source}; name that one by --flame or "
+                    "--detail, another --workdir, or --overwrite."
+                )
             if any(done.get(key) != value for key, value in settings_of(job).items()):
                 raise UserError(
                     f"{folder} was fitted with other settings; give the same, another --workdir, or --overwrite."
@@ -183,19 +193,52 @@ def settings_of(job: Job) -> dict[str, Any]:
     return {**settings, "config": dataclasses.asdict(job.config)}
 
 
+def _same_head(done: dict[str, Any], job: Job) -> bool:
+    named, model = done.get("head"), head_of(job)
+    # Both open heads lie in one file; a user's file may have been renamed.
+    keys = ("sha256",) if job.flame else ("sha256", "source")
+    return isinstance(named, dict) and all(named.get(key) == getattr(model, key) for key in keys)
+
+
 def capture_sha256(capture: Path) -> str:
-    """Of the files that say who was photographed and from where; quick to read, unlike the pictures."""
+    """Of the files that say who was photographed, from where and how tracked, and of the pictures' names and sizes.
+
+    The sizes stand for the contents: what is done already should not cost reading every picture again.
+    """
+    from pointillist_jax.cameras import load_transforms
+
+    read = [capture / "canonical_flame_param.npz", capture / _LABELS]
+    tracked, pictures = set(), set()
+    for split in ("train", "val", "test"):
+        read.append(capture / f"transforms_{split}.json")
+        with contextlib.suppress(UserError, FileNotFoundError):  # No such split, or no views in it.
+            for frame in load_transforms(read[-1], problems=[]):
+                tracked.add(frame.flame_param_path)
+                pictures |= {frame.image_path, frame.mask_path}
     digest = hashlib.sha256()
-    for name in ("canonical_flame_param.npz", *(f"transforms_{split}.json" for split in ("train", "val", "test"))):
-        if (capture / name).is_file():
-            digest.update(f"{name}:{file_sha256(capture / name)};".encode())
+    for path in (*read, *sorted(tracked - {None})):
+        if path.is_file():
+            digest.update(f"{path.name}:{file_sha256(path)};".encode())
+    for path in sorted(pictures - {None}):
+        digest.update(f"{path.name}:{path.stat().st_size if path.is_file() else None};".encode())
     return digest.hexdigest()
 
 
 def _is_ours(name: str) -> bool:
     return name.startswith(".") or name in (
-        "point_cloud", "report.json", "report.png", "timing.json", "checkpoint.npz",
+        "point_cloud", "report.json", "report.png", "timing.json", "checkpoint.npz", "comparison.json",
+        "comparison.png",
     )  # fmt: skip
+
+
+def is_done(job: Job) -> bool:
+    return (Path(job.folder) / "report.json").is_file()
+
+
+def remove_rests(folder: Path) -> None:
+    """Deletes what a killed run was writing."""
+    for rest in sorted(folder.rglob(".*.tmp-*")):
+        shutil.rmtree(rest, ignore_errors=True) if rest.is_dir() else rest.unlink(missing_ok=True)
 
 
 def check_captures(jobs: list[Job]) -> dict[str, str]:
@@ -229,25 +272,35 @@ def fit_all(jobs: list[Job]) -> list[tuple[str, str]]:
         return [(name, sentence) for name, sentence in said.items() if sentence]
     # Workers send their progress to the one bar that all share.
     bar = tqdm(total=sum(job.config.iterations for job in jobs), desc=f"{len(jobs)} fits", unit="it")
-    with manager() as shared, worker_pool(PROCESSES.value) as pool:
-        news = shared.Queue()
-        futures = {submit(pool, fit_job, job, _Messages(job.name, news)): job for job in jobs}
-        at = dict.fromkeys((job.name for job in jobs), 0)
-        waiting = set(futures)
-        while waiting:
-            _, waiting = wait(waiting, timeout=0.5)
-            while not news.empty():
-                name, iteration, figures = news.get()
-                at[name] = iteration
-                bar.set_postfix_str(f"{name} {_said(figures)}", refresh=False)
-            bar.update(sum(at.values()) - bar.n)
-        bar.close()
-        try:
+    try:
+        with manager() as shared, worker_pool(PROCESSES.value) as pool:
+            news = shared.Queue()
+            futures = {submit(pool, fit_job, job, _Messages(job.name, news)): job for job in jobs}
+            at = dict.fromkeys((job.name for job in jobs), 0)
+            waiting = set(futures)
+            while waiting:
+                _, waiting = wait(waiting, timeout=0.5)
+                for name, iteration, figures in _arrived(news):
+                    at[name] = iteration
+                    bar.set_postfix_str(f"{name} {_said(figures)}", refresh=False)
+                bar.update(sum(at.values()) - bar.n)
+            bar.close()
             return [(job.name, said) for future, job in futures.items() if (said := future.result())]
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process was killed, probably for lack of memory; go on with --resume and fewer --processes."
-            ) from None
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, probably for lack of memory; go on with --resume and fewer --processes."
+        ) from None
+
+
+def _arrived(news: Any) -> list[tuple[str, int, dict[str, Any]]]:
+    """What workers have sent by `_Messages`. Raises BrokenProcessPool if the process between them is no more."""
+    messages = []
+    try:
+        while not news.empty():
+            messages.append(news.get())
+    except _LOST:
+        raise BrokenProcessPool from None
+    return messages
 
 
 class _Progress:
@@ -271,7 +324,8 @@ class _Messages:
 
     def __call__(self, iteration: int, figures: dict[str, Any]) -> None:
         if iteration % 10 == 0:
-            self._queue.put((self._name, iteration, figures))
+            with contextlib.suppress(*_LOST):  # `_arrived` tells of it.
+                self._queue.put((self._name, iteration, figures))
 
 
 def _said(figures: dict[str, Any]) -> str:
@@ -287,13 +341,17 @@ def fit_job(job: Job, progress: Callable[[int, dict[str, Any]], None]) -> str | 
     return None
 
 
+def head_of(job: Job) -> FlameModel:
+    cards = () if job.flame else (Path(job.capture) / "identity.json",)
+    return _head(job.flame, job.detail, *cards)
+
+
 def load_data(job: Job) -> tuple:
     """The checked capture as FitData, and the head it was tracked with."""
     from pointillist_jax.data.captures import load_capture
     from pointillist_jax.fitting import FitData
 
-    cards = () if job.flame else (Path(job.capture) / "identity.json",)
-    model = _head(job.flame, job.detail, *cards)
+    model = head_of(job)
     how = {"downscale": job.downscale, "identity": job.identity, "cy_from_bottom": job.cy_from_bottom}
     capture = load_capture(job.capture, model, **how)
     return FitData.from_capture(capture, face_groups(Path(job.capture), model.num_faces)), model
@@ -307,8 +365,7 @@ def _fit_job(job: Job, progress: Callable[[int, dict[str, Any]], None]) -> None:
     data, model = load_data(job)
     folder, config = Path(job.folder), job.config
     folder.mkdir(parents=True, exist_ok=True)
-    for rest in folder.rglob(".*.tmp-*"):  # What a killed run was writing.
-        shutil.rmtree(rest, ignore_errors=True) if rest.is_dir() else rest.unlink()
+    remove_rests(folder)
     checkpoint = folder / "checkpoint.npz"
 
     start = time.perf_counter()
@@ -341,7 +398,7 @@ def _fit_job(job: Job, progress: Callable[[int, dict[str, Any]], None]) -> None:
 
 def face_groups(capture: Path, num_faces: int) -> dict[str, np.ndarray]:
     """Of a synthetic person: the faces that grow hair and beard, and bare cheeks. Others have none."""
-    labels = capture / "truth/labels.npz"
+    labels = capture / _LABELS
     if not labels.is_file():
         return {}
     specs = {f"face_{n}": ArraySpec((num_faces,), "bool", optional=True) for n in ("hair", "beard", "cheek")}
@@ -349,81 +406,47 @@ def face_groups(capture: Path, num_faces: int) -> dict[str, np.ndarray]:
     return {name.removeprefix("face_"): np.flatnonzero(value) for name, value in flags_of.items()}
 
 
-def sheet(result, data, scores, look) -> np.ndarray:
-    """Truth and fit side by side: of every split, views spread from the worst to the best PSNR."""
-    from pointillist_jax.fitting import render_views
-
-    pairs, labels = [], []
-    for name, views in data.splits.items():
-        values = np.array([row["psnr"] for row in scores[name]["per_view"]])
-        ranks = np.linspace(0, len(values) - 1, min(_SHEET_VIEWS, len(values))).astype(int)
-        for n in np.argsort(values, kind="stable")[ranks]:
-            truth = views.image(int(n), look["background"])
-            fitted = next(render_views(result.state, result.scene, _Only(views, int(n)), **look))
-            pairs.append(np.concatenate([truth, fitted], axis=1))
-            labels.append(f"{name}: camera {views.camera_indices[n]}, t {views.timesteps[n]}, {values[n]:.1f} dB")
-    if len({pair.shape for pair in pairs}) > 1:
-        height, width = (max(pair.shape[i] for pair in pairs) for i in (0, 1))
-        pairs = [
-            np.pad(p, [(0, height - p.shape[0]), (0, width - p.shape[1]), (0, 0)], constant_values=1) for p in pairs
-        ]
-    # Small pictures are enlarged to make room for their labels.
-    factor = -(-_LABEL_WIDTH // pairs[0].shape[1])
-    pairs = [pair.repeat(factor, axis=0).repeat(factor, axis=1) for pair in pairs]
-    return contact_sheet(pairs, labels, _SHEET_VIEWS if len(pairs) >= _SHEET_VIEWS else len(pairs))
-
-
-class _Only:
-    """One view of many."""
-
-    def __init__(self, views, n: int):
-        self._views, self._n = views, n
-        for key in ("viewmats", "Ks", "sizes", "timesteps", "camera_indices"):
-            setattr(self, key, getattr(views, key)[n : n + 1])
-
-    def __len__(self) -> int:
-        return 1
-
-    def image(self, n: int, background: float = 1.0) -> np.ndarray:
-        return self._views.image(self._n + n, background)
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.write_bytes(as_json(content))
+
+
+def as_json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def read_report(job: Job) -> dict[str, Any]:
     return read_json(Path(job.folder) / "report.json", "a fit's report")
 
 
-def print_table(reports: list[tuple[Job, dict[str, Any]]]) -> None:
-    splits, width = ("train", "val", "test"), 2 + max(18, *(len(job.name) for job, _ in reports))
-    print("\n" + f"{'subject':<{width}}{'Gaussians':>10}  " + "".join(f"{s + ' PSNR / SSIM':>20}" for s in splits))
-    for job, report in reports:
-        cells = [
-            f"{report['scores'][s]['psnr']:.2f} / {report['scores'][s]['ssim']:.4f}" if s in report["scores"] else "-"
-            for s in splits
-        ]
-        print(f"{job.name:<{width}}{report['gaussians']:>10}  " + "".join(f"{cell:>20}" for cell in cells))
+def compare_all(jobs: list[Job]) -> tuple[dict[str, dict[str, Any]], list[tuple[str, str]]]:
+    """Writes the comparisons of finished fits with those without density control, unless they are there already.
 
+    Returns:
+      subject → comparison.json, and (name, what was wrong) of those that could not be compared.
+    """
+    from pointillist_jax.data.fits import load_fit
 
-def compare(reports: list[tuple[Job, dict[str, Any]]]) -> None:
-    """What density control gained, and where it put its Gaussians."""
-    by_name = {job.name: report for job, report in reports}
-    print("\ndensity control against none, dB; then Gaussians per cm² (of these added to one per face) by kind of face")
-    for name, report in by_name.items():
-        fixed = by_name.get(f"{name} {_FIXED}")
-        if fixed is None:
-            continue
-        gains = [f"{s} {report['scores'][s]['psnr'] - fixed['scores'][s]['psnr']:+.2f}" for s in report["scores"]]
-        parts = report["parts"]
-        counts = [
-            f"{p} {parts[p]['per_cm2']:.1f} ({parts[p]['added_per_cm2']:.1f})"
-            for p in ("hair", "beard", "cheek")
-            if p in parts
-        ]
-        print(f"  {name:<18}{', '.join(gains):<44}{', '.join(counts)}")
+    by_name = {job.name: job for job in jobs}
+    pairs = [(job, by_name[other]) for job in jobs if (other := f"{job.name} {_FIXED}") in by_name]
+    contents, failed = {}, []
+    for dense, fixed in tqdm(pairs, desc="comparing", unit="subject", leave=False, disable=len(pairs) < 2):
+        folder, reports = Path(dense.folder), [read_report(dense), read_report(fixed)]
+        content = comparison(*reports)
+        # Pictures may differ where scores do not.
+        content["reports_sha256"] = [file_sha256(Path(job.folder) / "report.json") for job in (dense, fixed)]
+        card, picture = folder / "comparison.json", folder / "comparison.png"
+        if not (picture.is_file() and card.is_file() and card.read_bytes() == as_json(content)):
+            try:
+                data, model = load_data(dense)
+                fits = [load_fit(job.folder, model) for job in (dense, fixed)]
+            except (UserError, FileNotFoundError) as error:
+                failed.append((dense.name, str(error)))
+                continue
+            write_image(picture, comparison_sheet(data, model, fits, reports))
+            write_json(card, content)  # Last: then both are there.
+        contents[dense.name] = content
+    return contents, failed
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def evaluate(
 def count_by_part(state: FitState, data: FitData, model: FlameModel) -> dict[str, dict]:
     """Gaussians, faces and area (cm², canonical mesh) of every region of the head and every named group of faces.
 
-    `added_per_cm2` leaves out the one that every face has: meshes have more faces on cheeks than on scalps.
+    `added` leaves out the one that every face begins with: meshes have more faces on cheeks than on scalps.
     """
     counts = np.bincount(np.asarray(state.binding)[: int(state.num)], minlength=model.num_faces)
     canonical = data.params.timestep(0).canonical()
@@ -103,6 +103,7 @@ def count_by_part(state: FitState, data: FitData, model: FlameModel) -> dict[str
             "area_cm2": round(float(areas[faces].sum()), 3),
             "per_face": round(float(counts[faces].mean()), 3),
             "per_cm2": round(float(counts[faces].sum() / max(areas[faces].sum(), 1e-9)), 3),
+            "added": int((counts[faces] - 1).sum()),
             "added_per_cm2": round(float((counts[faces] - 1).sum() / max(areas[faces].sum(), 1e-9)), 3),
         }
         for name, faces in groups.items()

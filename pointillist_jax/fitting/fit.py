@@ -87,7 +87,9 @@ def fit(
         raise UserError(f"{data.subject} has images of different sizes; set fit.views_per_step=1 or resize the images.")
     scene = make_scene(model, data.params, config.finetune_flame)
     run = _Run(data, model, config, scene)
-    identity = {"config": dataclasses.asdict(config), "data": data.fingerprint(), "head": model.sha256}
+    # Both open heads lie in one file: its sha256 alone does not tell them apart.
+    head = {"sha256": model.sha256, "faces": model.num_faces}
+    identity = {"config": dataclasses.asdict(config), "data": data.fingerprint(), "head": head}
     if checkpoint is not None and Path(checkpoint).exists():
         run.restore(checkpoint, identity)
     for iteration in range(int(run.state.step) + 1, config.iterations + 1):

@@ -24,6 +24,7 @@ from pointillist_jax.gaussians import SH_C0, Gaussians
 RAW = ("means", "f_dc", "f_rest", "opacities", "scales", "quats")
 FLAME = ("expr", "rotation", "neck_pose", "jaw_pose", "eyes_pose", "translation")
 _MAX_GAUSSIANS = 1 << 24
+_OPAQUE = 1e-7, 1 - 1e-7  # Opacities whose logits are finite.
 
 
 @flax.struct.dataclass
@@ -133,6 +134,28 @@ def gaussians(state: FitState) -> Gaussians:
         sh=None if plain else jnp.concatenate([f_dc[:, None], f_rest], axis=1),
         binding=state.binding[:num],
     )
+
+
+def state_of(fitted: Gaussians, bucket: int) -> FitState:
+    """The inverse of `gaussians`, for rendering a saved fit: without moments and statistics, FLAME as it was tracked.
+
+    Args:
+      fitted: [G] triangle-local, with binding.
+      bucket: rows, at least G.
+    """
+    plain = fitted.sh is None
+    opacities = np.clip(np.asarray(fitted.opacities, np.float32), _OPAQUE[0], _OPAQUE[1])
+    params = {
+        "means": fitted.means,
+        "f_dc": (fitted.colors - 0.5) / SH_C0 if plain else fitted.sh[:, 0],
+        "f_rest": np.zeros((fitted.num_gaussians, 0, 3)) if plain else fitted.sh[:, 1:],
+        "opacities": np.log(opacities / (1 - opacities)),
+        "scales": np.log(fitted.scales),
+        "quats": fitted.quats,
+    }
+    params = {key: np.asarray(value, np.float32) for key, value in params.items()}
+    zeros = {key: np.zeros_like(value) for key, value in params.items()}
+    return to_device(params, zeros, zeros, np.asarray(fitted.binding), bucket=bucket, step=0)
 
 
 def flame_params(state: FitState, tracked: FlameParams) -> FlameParams:

@@ -1,7 +1,8 @@
 """A pool as the scripts have it.
 
-Without arguments it prints its worker's process id and waits to be killed. With a folder and a number of seconds two
-workers write a file there, of which one takes that long to clean up, and the pool is left by Ctrl-C.
+Without arguments it prints the process ids of its worker and its manager and waits to be killed. With a folder and a
+number of seconds two workers write a file there, of which one takes that long to clean up, and the pool is left by
+Ctrl-C.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from experiments.common import submit, worker_pool
+from experiments.common import manager, submit, worker_pool
 
 
 class Slow:
@@ -30,8 +31,8 @@ def write(path: Path, seconds: float) -> None:
 
 
 def wait() -> None:
-    with worker_pool(1) as pool:
-        print(submit(pool, os.getpid).result(), flush=True)
+    with manager() as shared, worker_pool(1) as pool:
+        print(submit(pool, os.getpid).result(), shared._process.pid, flush=True)
         submit(pool, time.sleep, 600).result()
 
 

@@ -35,15 +35,16 @@ def test_a_bearded_person_is_found_again_from_pictures(tmp_path):
     assert (card["traits"]["hair_style"], card["traits"]["beard"]) == ("cropped", "full")
     said = script(tmp_path, "fit", f"--capture={tmp_path}/people/person_0002", f"--workdir={tmp_path}/fits",
                   "--compare_density", "--processes=2", *SCHEDULE)  # fmt: skip
-    folders = (tmp_path / "fits" / "person_0002", tmp_path / "fits" / "without_density" / "person_0002")
-    dense, fixed = (json.loads((folder / "report.json").read_text()) for folder in folders)
+    content = json.loads((tmp_path / "fits/person_0002/comparison.json").read_text())
     for split in ("val", "test"):
-        score, without = (report["scores"][split]["psnr"] for report in (dense, fixed))
-        assert score > 27, split
-        assert score > without + 1, split
-        assert f"{split} {score - without:+.2f}" in said
-    assert fixed["gaussians"] < dense["gaussians"] <= dense["config"]["max_points"]
-    parts = dense["parts"]
+        scores = content["scores"][split]
+        assert scores["with_density_control"]["psnr"] > 27, split
+        assert scores["gain_db"] > 1, split
+        assert f"{split} {scores['gain_db']:+.2f}" in said
+    report = json.loads((tmp_path / "fits/person_0002/report.json").read_text())
+    counts = content["gaussians"]
+    assert counts["without"] < counts["with_density_control"] == report["gaussians"] <= report["config"]["max_points"]
+    parts = content["parts"]
     for name in ("hair", "beard"):
-        assert parts[name]["per_face"] > parts["cheek"]["per_face"], name
-        assert parts[name]["added_per_cm2"] > parts["cheek"]["added_per_cm2"], name
+        for key in ("gaussians", "added", "per_face", "added_per_cm2"):
+            assert parts[name][key] > parts["cheek"][key], (name, key)

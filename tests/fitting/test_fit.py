@@ -8,9 +8,12 @@ import jax
 import numpy as np
 import pytest
 
+from pointillist_jax.data.fits import load_fit, save_fit
 from pointillist_jax.files import UserError
 from pointillist_jax.fitting import ArrayViews, FitData, evaluate, fit, render_views
 from pointillist_jax.fitting.evaluate import count_by_part
+from pointillist_jax.fitting.state import state_of
+from pointillist_jax.fitting.step import make_scene
 from tests.fitting.scenes import SCHEDULE, SIZE, person
 
 # One bucket and one size of picture, so that all fits here share two compiled programs.
@@ -76,6 +79,7 @@ def test_parts_count_every_gaussian_once(ball, fitted):
     assert parts["two"]["gaussians"] == np.isin(result.gaussians.binding, [0, 5]).sum()
     assert parts["two"]["faces"] == 2
     above = parts["above"]
+    assert (above["faces"], above["added"]) == (16, above["gaussians"] - 16)
     assert above["per_cm2"] == pytest.approx(above["gaussians"] / above["area_cm2"], rel=1e-3, abs=1e-3)
 
 
@@ -97,6 +101,58 @@ def test_resuming_gives_the_same_bits(ball, tmp_path):
     assert same_bytes(straight, resumed), stops
     assert straight.history == resumed.history
     assert not same_bytes(straight, fit(data, model, dataclasses.replace(SCHEDULE, seed=1)))
+
+
+@pytest.mark.slow
+def test_view_dependent_colours_resets_and_fine_tuning(ball, tmp_path):
+    """Degrees 0 to 2, two resets of the opacities and moving parameters: resumed bit for bit, saved and rendered."""
+    data, model = ball
+    config = dataclasses.replace(
+        SCHEDULE, sh_degree=2, sh_interval=8, lr_f_rest=0.02, lr_opacities=0.5, finetune_flame=True, save_interval=1
+    )  # fmt: skip
+    straight = fit(data, model, config)
+    reset = config.opacity_reset_interval
+    assert [r["iteration"] for r in straight.history if r.get("opacities_reset")] == [config.densify_from, reset]
+
+    checkpoint, highest = tmp_path / "checkpoint.npz", {}
+    stops = (reset - 1, reset, int(np.random.default_rng().integers(reset + 1, config.iterations)))
+    for stop in stops:
+
+        def interrupt(iteration, figures, stop=stop):
+            if iteration == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fit(data, model, config, checkpoint=checkpoint, progress=interrupt)
+        with np.load(checkpoint) as saved:
+            assert saved["step"] == stop
+            highest[stop] = float(jax.nn.sigmoid(saved["params.opacities"][: saved["num"][0]]).max())
+    assert highest[reset] == pytest.approx(0.01)
+    assert highest[reset - 1] > 0.05
+    result = fit(data, model, config, checkpoint=checkpoint)
+    assert same_bytes(straight, result), stops
+    assert straight.history == result.history
+    assert np.abs(np.asarray(result.params.expr - data.params.expr)).max() > 1e-3
+
+    sh = np.asarray(result.gaussians.sh)
+    assert sh.shape == (config.max_points, 9, 3)
+    for band in (sh[:, :1], sh[:, 1:4], sh[:, 4:]):
+        assert np.abs(band).max() > 0.05
+    save_fit(tmp_path / "fit", result.gaussians, result.params, model)
+    loaded = load_fit(tmp_path / "fit", model)
+    np.testing.assert_array_equal(loaded.gaussians.sh, sh)
+    np.testing.assert_array_equal(loaded.gaussians.binding, result.gaussians.binding)
+
+    look = {"sh_degree": 2, "capacity": result.capacity}
+    scores = evaluate(result.state, result.scene, data, **look)
+    plain = evaluate(result.state, result.scene, data, **look | {"sh_degree": 0})
+    for split in data.splits:
+        assert abs(scores[split]["psnr"] - plain[split]["psnr"]) > 0.05, split
+    # What was saved looks like what was fitted, from all sides.
+    scene = make_scene(model, loaded.params, finetune_flame=False)
+    again = evaluate(state_of(loaded.gaussians, result.state.bucket), scene, data, **look)
+    for split in data.splits:
+        assert again[split]["psnr"] == pytest.approx(scores[split]["psnr"], abs=2e-3), split
 
 
 def test_buckets_grow_without_a_budget(ball):
@@ -131,6 +187,10 @@ def test_wrong_data_and_checkpoints_are_sentences(ball, tmp_path):
     fit(data, model, short, checkpoint=checkpoint)
     with pytest.raises(UserError, match=r"lr_quats=0.01 \(now 0.5\)"):
         fit(data, model, dataclasses.replace(short, lr_quats=0.5), checkpoint=checkpoint)
+    # The open heads lie in one file and differ by their faces.
+    fewer = model.replace(faces=model.faces[:-1], face_regions=model.face_regions[:-1])
+    with pytest.raises(UserError, match="another head"):
+        fit(data, fewer, short, checkpoint=checkpoint)
     with pytest.raises(UserError, match="other cameras, timesteps or parameters"):
         fit(dataclasses.replace(data, subject="someone"), model, short, checkpoint=checkpoint)
     checkpoint.write_bytes(checkpoint.read_bytes()[:-200])
