@@ -52,7 +52,7 @@ def test_round_trip(tmp_path, rng, degree, bound):
     assert_same(load_ply(tmp_path / "again.ply"), loaded, rtol=1e-6)
 
 
-@pytest.mark.parametrize("degree", (0, 1, 3))
+@pytest.mark.parametrize("degree", [0, 1, 3])
 def test_plyfile_reads_what_we_write_column_by_column(tmp_path, rng, degree):
     """The layout of facts/avatars_gsplat.md A.6, name by name and value by value; lower degrees are padded to it."""
     gaussians = random_gaussians(rng, degree=degree, binding=jnp.arange(37))
