@@ -280,27 +280,17 @@ def fit_all(jobs: list[Job]) -> list[tuple[str, str]]:
             waiting = set(futures)
             while waiting:
                 _, waiting = wait(waiting, timeout=0.5)
-                for name, iteration, figures in _arrived(news):
+                while not news.empty():
+                    name, iteration, figures = news.get()
                     at[name] = iteration
                     bar.set_postfix_str(f"{name} {_said(figures)}", refresh=False)
                 bar.update(sum(at.values()) - bar.n)
             bar.close()
             return [(job.name, said) for future, job in futures.items() if (said := future.result())]
-    except BrokenProcessPool:
+    except (BrokenProcessPool, *_LOST):
         raise UserError(
             "a worker process was killed, probably for lack of memory; go on with --resume and fewer --processes."
         ) from None
-
-
-def _arrived(news: Any) -> list[tuple[str, int, dict[str, Any]]]:
-    """What workers have sent by `_Messages`. Raises BrokenProcessPool if the process between them is no more."""
-    messages = []
-    try:
-        while not news.empty():
-            messages.append(news.get())
-    except _LOST:
-        raise BrokenProcessPool from None
-    return messages
 
 
 class _Progress:
@@ -324,7 +314,7 @@ class _Messages:
 
     def __call__(self, iteration: int, figures: dict[str, Any]) -> None:
         if iteration % 10 == 0:
-            with contextlib.suppress(*_LOST):  # `_arrived` tells of it.
+            with contextlib.suppress(*_LOST):  # The process that holds the bar tells of it.
                 self._queue.put((self._name, iteration, figures))
 
 
