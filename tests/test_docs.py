@@ -172,9 +172,7 @@ def make_photograph(folder: Path) -> None:
 def run_small(folder: Path, command: Command) -> None:
     """Runs it in `folder`; it has to succeed and to leave what --workdir or --output name."""
     line = [sys.executable, "-m", command.module, *small_arguments(command)]
-    surroundings = environment(folder) | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    # Compilation is most of the time; what is tested does not depend on its optimisations.
-    surroundings["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    surroundings = environment(folder, quick=True) | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(line, cwd=folder, env=surroundings, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, f"{' '.join(line[1:])}\n{done.stderr[-3000:]}"
     for argument in command.arguments:

@@ -14,7 +14,6 @@ from tests.experiments.fork_program import mount_small_disk
 from tests.experiments.small_ar import ROOT, environment
 
 # Compilation is most of the time; what is tested does not depend on its optimisations.
-QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +51,12 @@ class Forks:
     """
 
     def __init__(self, cache: Path, devices: int = 1, disk: tuple[Path, int] | None = None):
-        flags = f"{QUICK['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+        surroundings = environment(cache, quick=True)
+        surroundings["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.experiments.fork_program"],
             cwd=ROOT,
-            env=environment(cache) | {"XLA_FLAGS": flags},
+            env=surroundings,
             preexec_fn=disk and functools.partial(mount_small_disk, str(disk[0]), disk[1]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -36,10 +36,8 @@ class Ended(NamedTuple):
 def run_script(cache: Path, script: str, *runs: Sequence[str]) -> list[Ended]:
     """How each of the runs of `experiments.<script>` with these arguments ended. `cache`: of compiled programs."""
     command = [sys.executable, "-m", "tests.experiments.script_program", script, json.dumps([list(r) for r in runs])]
-    # Compilation is most of the time; what is tested does not depend on its optimisations.
-    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(cache) | quick, capture_output=True, text=True, timeout=900
+        command, cwd=ROOT, env=environment(cache, quick=True), capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [Ended(**one) for one in json.loads(done.stdout.splitlines()[-1])]

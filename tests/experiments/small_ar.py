@@ -80,9 +80,14 @@ def command(script: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"experiments.{script}", *arguments]
 
 
-def environment(root: Path) -> dict[str, str]:
-    """With a cache of compiled programs below `root`, shared by all processes of a test module."""
-    return os.environ | {
+def environment(root: Path, quick: bool = False) -> dict[str, str]:
+    """With a cache of compiled programs below `root`, shared by all processes of a test module.
+
+    Args:
+      quick: without most of the compiler's optimisations, which short runs take longer for than they save.
+    """
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    return (os.environ | {"XLA_FLAGS": flags} if quick else dict(os.environ)) | {
         "JAX_COMPILATION_CACHE_DIR": str(root / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -19,13 +19,20 @@ from pointillist_jax.data.token_store import open_store
 from pointillist_jax.files import read_json
 from pointillist_jax.flame import open_head
 from pointillist_jax.gaussians import load_avatar, load_ply
+from tests.experiments.small_ar import environment
 
 ROOT = Path(experiments.__file__).parent.parent
 
 
-def quickstart(*arguments: str, timeout: float = 1200) -> subprocess.CompletedProcess:
+def quickstart(*arguments: str, timeout: float = 1200, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "experiments.quickstart", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, **options)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> dict[str, str]:
+    """Surroundings of runs that compile more than they compute."""
+    return environment(tmp_path_factory.mktemp("compiled"), quick=True)
 
 
 def check_report(page: Path) -> str:
@@ -82,8 +89,8 @@ def test_a_crop_beyond_the_picture_is_one_sentence(tmp_path, crop):
 
 
 @pytest.mark.slow
-def test_training_from_nothing_writes_what_it_names(tmp_path):
-    done = quickstart("--train", "--smoke", f"--workdir={tmp_path}", timeout=3000)
+def test_training_from_nothing_writes_what_it_names(tmp_path, quick):
+    done = quickstart("--train", "--smoke", f"--workdir={tmp_path}", timeout=3000, env=quick)
     assert done.returncode == 0, done.stderr
     named = ("head.png", "people/gallery.png", "fits/", "tokens/", "ar/", "clouds/clouds.png", "decoder/",
              "from_portrait.mp4", "evaluation/", "splats.png", "talking.mp4", "frame.ply", "report.html")  # fmt: skip
@@ -112,7 +119,25 @@ def test_training_from_nothing_writes_what_it_names(tmp_path):
 
 
 @pytest.mark.slow
-def test_pretraining_makes_weights_that_scripts_take(tmp_path):
+@pytest.mark.slow
+def test_training_may_end_with_truth_beside_fit(tmp_path, quick):
+    done = quickstart("--train", "--until=fit", "--smoke", f"--workdir={tmp_path}", env=quick)
+    assert done.returncode == 0, done.stderr
+    assert "[4/4]" in done.stdout
+    assert not {"tokens", "ar", "decoder"} & {path.name for path in tmp_path.iterdir()}
+    text = check_report(tmp_path / "report.html")
+    picture = (tmp_path / "fits/person_0001/report.png").read_bytes()  # Truth beside fit.
+    assert base64.b64encode(picture).decode() in text
+
+
+def test_until_does_nothing_with_pretrained_weights(tmp_path):
+    done = quickstart("--until=fit", f"--workdir={tmp_path}/out")
+    assert done.returncode == 2
+    assert "--until does nothing without --train" in done.stderr
+
+
+@pytest.mark.slow
+def test_pretraining_makes_weights_that_scripts_take(tmp_path, quick):
     command = [
         sys.executable,
         "-m",
@@ -121,7 +146,7 @@ def test_pretraining_makes_weights_that_scripts_take(tmp_path):
         "--num_identities=4",
         f"--workdir={tmp_path}/run",
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3000)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3000, env=quick)
     assert done.returncode == 0, done.stderr
     weights = tmp_path / "run" / "weights"
     assert {path.name for path in weights.iterdir()} == {"ar.npz", "decoder.npz", "example", "card.json"}
