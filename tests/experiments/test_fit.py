@@ -150,7 +150,7 @@ def test_killed_many_times_gives_the_same_bytes(forks, people, compared, tmp_pat
     """First in a given stage, then anywhere."""
     seed, rng = seeded()
     expected, _, counts = compared
-    moments = [moment(rng, counts, first), *(moment(rng, counts) for _ in range(9))]
+    moments = [moment(rng, counts, first), *(moment(rng, counts) for _ in range(3))]
     kills = kill_until_done(
         lambda *more: start(forks, people, tmp_path / "fits", *COMPARED, *more, script=KILLED), moments
     )
