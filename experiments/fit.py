@@ -212,7 +212,7 @@ def capture_sha256(capture: Path) -> str:
     for split in ("train", "val", "test"):
         read.append(capture / f"transforms_{split}.json")
         with contextlib.suppress(UserError, FileNotFoundError):  # No such split, or no views in it.
-            for frame in load_transforms(read[-1], problems=[]):
+            for frame in load_transforms(read[-1], cy_from_bottom=False, problems=[]):  # Only paths are read.
                 tracked.add(frame.flame_param_path)
                 pictures |= {frame.image_path, frame.mask_path}
     digest = hashlib.sha256()

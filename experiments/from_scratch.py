@@ -109,7 +109,7 @@ def _fit(workdir: Path, model: FlameModel, scale: Scale, stages: Stages) -> list
         _script(scale, "animate", f"--avatar={workdir}/avatar", f"--output={workdir}/talking.mp4", *_moving(scale))
     return [
         _section(workdir, "People", {"people/gallery.png": "Synthetic people and their numbers of Gaussians"}),
-        _section(workdir, "A fit", {f"fits/{_SUBJECT}/report.png": "Photographs, and the fitted Gaussians"}),
+        _section(workdir, "A fit", {f"fits/{_SUBJECT}/report.png": "Truth (photographs) beside fit"}),
         _section(workdir, "The fitted person", {"talking.mp4": "Turning and talking",
                                                 "splats.png": "Views and expressions"}),
     ]  # fmt: skip

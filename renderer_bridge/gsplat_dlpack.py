@@ -31,6 +31,7 @@ from renderer_bridge.errors import RasterizeError
 from renderer_bridge.torch_kernels import (
     CHANNELS,
     Kernel,
+    Splats,
     gsplat_kernel,
     keep_lists,
     kept_lists,
@@ -204,13 +205,13 @@ def _image_types(config: _Config, inputs: _Inputs) -> list[jax.ShapeDtypeStruct]
 def _forward(config: _Config, tensors, outputs) -> None:
     """Tensors of `_Inputs` → image, alpha and, if there are outputs for them, what `_Kept` has besides alpha."""
     tensors = _fold(tensors, _INPUT_AXES)
-    means2d, conics, colors, opacities, radii, depths = _flat(tensors)
-    size = config.width, config.height
-    ids, offsets = config.kernel.intersect(means2d, conics, opacities, radii, depths, *size)
+    *splats, radii, depths = _flat(tensors)
+    splats, size = Splats(*splats), (config.width, config.height)
+    ids, offsets = config.kernel.intersect(splats, radii, depths, *size)
     kept = _fold(outputs[2:], _KEPT_AXES[1:])
     # Read before the kernel is launched: reading waits for everything launched before it.
     bounds = list_bounds(ids, offsets, len(tensors[0])) if kept else None
-    image, alpha, last = config.kernel.forward(means2d, conics, colors, opacities, ids, offsets, *size)
+    image, alpha, last = config.kernel.forward(splats, ids, offsets, *size)
     _write(outputs[:2], (image, alpha))
     if kept and _fits(config, bounds):
         keep_lists(ids, offsets, last, bounds, tensors[5][0].numel(), *kept)
@@ -220,22 +221,21 @@ def _backward(config: _Config, tensors, outputs) -> None:
     """Tensors of `_Inputs`, the two cotangents and, if anything was kept, `_Kept` → gradients of the first four inputs
     (and the absolute gradient)."""
     tensors = _fold(tensors, (*_INPUT_AXES, *_BAR_AXES, *_KEPT_AXES))
-    means2d, conics, colors, opacities, radii, depths, *bars = _flat(tensors[:8])
-    size = config.width, config.height
+    *splats, radii, depths, image_bar, alpha_bar = _flat(tensors[:8])
+    splats, size = Splats(*splats), (config.width, config.height)
     kept = tensors[8:]
     if kept and not _overflowed(config).is_set() and kept[3].numel() < 2**31:
         alpha, last, offsets, ids = kept
         ids, offsets, last = kept_lists(last, offsets, ids, tensors[5][0].numel())
         alpha = alpha.flatten(0, 1)
     else:
-        ids, offsets = config.kernel.intersect(means2d, conics, opacities, radii, depths, *size)
+        ids, offsets = config.kernel.intersect(splats, radii, depths, *size)
         alpha = last = None
         if config.kernel.resumes:
-            _, alpha, last = config.kernel.forward(means2d, conics, colors, opacities, ids, offsets, *size)
+            _, alpha, last = config.kernel.forward(splats, ids, offsets, *size)
         offsets = with_ends(ids, offsets)
-    gradients = config.kernel.backward(
-        means2d, conics, colors, opacities, ids, offsets, alpha, last, *bars, *size, config.absgrad
-    )
+    bars = image_bar, alpha_bar
+    gradients = config.kernel.backward(splats, ids, offsets, alpha, last, bars, *size, config.absgrad)
     _write(outputs, gradients)
 
 

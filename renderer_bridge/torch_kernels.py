@@ -8,15 +8,24 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from renderer_bridge.binning import TILE, tile_grid
 
 CHANNELS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 512)  # compiled into gsplat 1.5
 
 
+class Splats(NamedTuple):
+    """Projected Gaussians of I images, G each, float32: what gradients are for."""
+
+    means2d: Any  # [I, G, 2]
+    conics: Any  # [I, G, 3]
+    colors: Any  # [I, G, X]
+    opacities: Any  # [I, G]
+
+
 class Kernel(Protocol):
-    """Tile rasterisation over black of I images with G Gaussians each. Everything is float32 but what is marked.
+    """Tile rasterisation over black. Everything is float32 but what is marked.
 
     Tile lists: `ids` [n] int32 are rows of the flattened [I · G], grouped by image and tile, front to back; `offsets`
     [I, tiles down, tiles across] int32 says where each tile's list begins, and the next one's beginning is its end.
@@ -28,30 +37,15 @@ class Kernel(Protocol):
 
     resumes: bool
 
-    def intersect(self, means2d, conics, opacities, radii, depths, width: int, height: int) -> tuple[Any, Any]:
-        """[I, G, 2], [I, G, 3], [I, G], [I, G, 2] int32, [I, G] → ids, offsets. Waits for the device."""
+    def intersect(self, splats: Splats, radii, depths, width: int, height: int) -> tuple[Any, Any]:
+        """With radii [I, G, 2] int32 and depths [I, G] → ids, offsets. Waits for the device."""
 
-    def forward(self, means2d, conics, colors, opacities, ids, offsets, width, height) -> tuple[Any, Any, Any]:
-        """With colors [I, G, X] → image [I, H, W, X], alpha [I, H, W, 1] and `last` [I, H, W] int32: where in `ids`
-        each pixel's last Gaussian stands."""
+    def forward(self, splats: Splats, ids, offsets, width: int, height: int) -> tuple[Any, Any, Any]:
+        """→ image [I, H, W, X], alpha [I, H, W, 1] and `last` [I, H, W] int32: where in `ids` each pixel's last
+        Gaussian stands."""
 
-    def backward(
-        self,
-        means2d,
-        conics,
-        colors,
-        opacities,
-        ids,
-        offsets,
-        alpha,
-        last,
-        image_bar,
-        alpha_bar,
-        width,
-        height,
-        absgrad,
-    ) -> list[Any]:
-        """Gradients of the four inputs and, with `absgrad`, the absolute gradient of `means2d`.
+    def backward(self, splats: Splats, ids, offsets, alpha, last, bars, width: int, height: int, absgrad: bool) -> list:
+        """Gradients of the splats and, with `absgrad`, the absolute gradient of `means2d`. `bars`: of image and alpha.
 
         Here `offsets` has one more row of tiles, [I, down + 1, across], in which each image's last list ends: `ids` may
         be longer than the lists are, with anything behind them.
@@ -66,59 +60,31 @@ class DirectKernel:
     def __init__(self, ops: Any):
         self._ops = ops
 
-    def intersect(self, means2d, conics, opacities, radii, depths, width, height):
+    def intersect(self, splats, radii, depths, width, height):
         across, down = tile_grid(width, height)
-        images = len(means2d)
+        images = len(radii)
         sort, segmented = True, False
         _, keys, ids = self._ops.intersect_tile(
-            means2d, radii, depths, None, None, images, TILE, across, down, sort, segmented
+            splats.means2d, radii, depths, None, None, images, TILE, across, down, sort, segmented
         )
         return ids, self._ops.intersect_offset(keys, images, across, down)
 
-    def forward(self, means2d, conics, colors, opacities, ids, offsets, width, height):
+    def forward(self, splats, ids, offsets, width, height):
         image, alpha, last = self._ops.rasterize_to_pixels_3dgs_fwd(
-            means2d, conics, _padded(colors), opacities, None, None, width, height, TILE, offsets, ids
+            *_padded_splats(splats), None, None, width, height, TILE, offsets, ids
         )
-        return image[..., : colors.shape[-1]], alpha, last
+        return image[..., : splats.colors.shape[-1]], alpha, last
 
-    def backward(
-        self,
-        means2d,
-        conics,
-        colors,
-        opacities,
-        ids,
-        offsets,
-        alpha,
-        last,
-        image_bar,
-        alpha_bar,
-        width,
-        height,
-        absgrad,
-    ):
+    def backward(self, splats, ids, offsets, alpha, last, bars, width, height, absgrad):
         # The kernel takes the grid of tiles from the shape of `offsets` and leaves a masked tile before it reads that
         # tile's range. So the extra row is only ever read as the end of the lists above it, and the end of `ids`, which
         # it takes for the end of the very last list, not at all.
+        mask = _all_but_last_row(offsets.shape, offsets.device, _stream(offsets))
+        inputs, (image_bar, alpha_bar) = _padded_splats(splats), bars
         absolute, *gradients = self._ops.rasterize_to_pixels_3dgs_bwd(
-            means2d,
-            conics,
-            _padded(colors),
-            opacities,
-            None,
-            _all_but_last_row(offsets.shape, offsets.device, _stream(offsets)),
-            width,
-            height,
-            TILE,
-            offsets,
-            ids,
-            alpha,
-            last,
-            _padded(image_bar),
-            alpha_bar,
-            absgrad,
+            *inputs, None, mask, width, height, TILE, offsets, ids, alpha, last, _padded(image_bar), alpha_bar, absgrad
         )
-        gradients[2] = gradients[2][..., : colors.shape[-1]]
+        gradients[2] = gradients[2][..., : splats.colors.shape[-1]]
         return [*gradients, absolute] if absgrad else gradients
 
 
@@ -133,60 +99,35 @@ class AutogradKernel:
     def __init__(self, ops: Any):
         self._ops = ops
 
-    def intersect(self, means2d, conics, opacities, radii, depths, width, height):
+    def intersect(self, splats, radii, depths, width, height):
         across, down = tile_grid(width, height)
-        tight = {"conics": conics, "opacities": opacities}  # of the ellipse instead of its box, since 1.6
+        # Of the ellipse instead of its box, since 1.6.
+        tight = {"conics": splats.conics, "opacities": splats.opacities}
         known = inspect.signature(self._ops.isect_tiles).parameters
         options = {name: x for name, x in tight.items() if name in known}
         _, keys, ids = self._ops.isect_tiles(
-            means2d, radii, depths, TILE, across, down, packed=False, n_images=len(means2d), **options
+            splats.means2d, radii, depths, TILE, across, down, packed=False, n_images=len(radii), **options
         )
-        return ids, self._ops.isect_offset_encode(keys, len(means2d), across, down)
+        return ids, self._ops.isect_offset_encode(keys, len(radii), across, down)
 
-    def forward(self, means2d, conics, colors, opacities, ids, offsets, width, height, absgrad=False):
-        image, alpha = self._ops.rasterize_to_pixels(
-            means2d,
-            conics,
-            _padded(colors),
-            opacities,
-            width,
-            height,
-            TILE,
-            offsets,
-            ids,
-            packed=False,
-            absgrad=absgrad,
-        )
-        return image[..., : colors.shape[-1]], alpha, None
+    def forward(self, splats, ids, offsets, width, height, absgrad=False):
+        inputs, options = _padded_splats(splats), {"packed": False, "absgrad": absgrad}
+        image, alpha = self._ops.rasterize_to_pixels(*inputs, width, height, TILE, offsets, ids, **options)
+        return image[..., : splats.colors.shape[-1]], alpha, None
 
-    def backward(
-        self,
-        means2d,
-        conics,
-        colors,
-        opacities,
-        ids,
-        offsets,
-        alpha,
-        last,
-        image_bar,
-        alpha_bar,
-        width,
-        height,
-        absgrad,
-    ):
+    def backward(self, splats, ids, offsets, alpha, last, bars, width, height, absgrad):
         import torch
 
         # Detached: the buffers belong to XLA and are immutable; autograd must not write `.grad` or versions into them.
-        leaves = [x.detach().requires_grad_(True) for x in (means2d, conics, colors, opacities)]
+        leaves = Splats(*(x.detach().requires_grad_(True) for x in splats))
         if len(ids) == 0:
             return [torch.zeros_like(x) for x in (*leaves, *leaves[:absgrad])]
         offsets = offsets[:, :-1].contiguous()
         with torch.enable_grad():
-            image, alpha, _ = self.forward(*leaves, ids, offsets, width, height, absgrad)
-            gradients = list(torch.autograd.grad((image, alpha), leaves, (image_bar, alpha_bar)))
+            image, alpha, _ = self.forward(leaves, ids, offsets, width, height, absgrad)
+            gradients = list(torch.autograd.grad((image, alpha), leaves, bars))
         if absgrad:
-            gradients.append(leaves[0].absgrad)
+            gradients.append(leaves.means2d.absgrad)
         return gradients
 
 
@@ -256,6 +197,10 @@ def _padded(x):
     if channels in CHANNELS:
         return x.contiguous()
     return torch.nn.functional.pad(x, (0, min(n for n in CHANNELS if n > channels) - channels))
+
+
+def _padded_splats(splats: Splats) -> Splats:
+    return splats._replace(colors=_padded(splats.colors))
 
 
 def _stream(x) -> int:
