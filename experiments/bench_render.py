@@ -8,7 +8,7 @@
 An *evaluation* is one Gaussian tested against one pixel of a 16×16 tile that its box touches: evaluations =
 intersections × 256. Early stop makes the renderer do fewer, padding of lists to chunks and groups more; neither is
 counted, so that figures of different renderers compare. Compositing time is that of the blending alone, given the
-lists; `ms` is the whole call: projection, binning, blending.
+lists; `ms` is the whole call: projection, binning, blending. Each case is timed in turns of a fifth of a second.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from experiments import common
 from renderer_bridge import binning, estimate_capacity, gsplat_dlpack, projection, rasterize, tiles
 
 _QUICK = flags.DEFINE_bool("quick", False, "Only the smallest, middle and largest size.")
-_REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs per case (the median is shown).", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Timed turns of each case (the median is shown).", lower_bound=1)
 _AGAINST = flags.DEFINE_enum("against", None, ["gsplat"], "Compare with plain torch + gsplat instead (needs CUDA).")
 _JAX_TOO = flags.DEFINE_bool("jax_too", False, "With --against=gsplat: time the JAX back end as well.")
 
+_TURN_SECONDS = 0.2
 _COUNTS = (2_000, 20_000, 100_000)
 _SIDES = (128, 256, 512)
 _DENSE_LIMIT = 2_000 * 128 * 128  # pairs of Gaussian and pixel that the dense compositor is asked for
@@ -150,7 +151,7 @@ def measure(kind: str, count: int, side: int) -> dict:
     exponentials = jax.jit(lambda x: jax.lax.fori_loop(0, 200, lambda _, x: jnp.exp(-x), x))
     cases["exponentials"] = lambda: jax.block_until_ready(exponentials(tile))
     cpu = {"blend": cpu_seconds(cases["blend"]), "back": cpu_seconds(cases["back"])}
-    seconds = common.alternate(cases, _REPEATS.value, warmup=1)
+    seconds = common.alternate(cases, _REPEATS.value, warmup=1, turn_seconds=_TURN_SECONDS)
     intersections = int(details["intersections"])
     evaluations = intersections * binning.TILE**2
     row = {

@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments.common import Seconds, alternate_clocks, json_line, run
+from experiments.common import Seconds, alternate_clocks, calls_in, json_line, run
 from experiments.config_flags import define_config
 from experiments.step_programs import random_windows, stage_one
 from pointillist_jax.configs import ModelConfig, TrainConfig
@@ -147,19 +147,10 @@ def measure(model: ModelConfig, train: TrainConfig, context: int, device: jax.De
 
 
 def timed(cases: dict[str, Callable[[], Any]], label: str) -> dict[str, Seconds]:
-    """Of one step of each contestant, in turns of about two seconds, each behind an untimed step.
-
-    So a step follows its own kind, as in training. Behind another contestant's, it would find the caches full of the
-    other's arrays and the cores busy with the other's threads, which spin for some milliseconds before they sleep.
-    """
-    slowest = 0.0
-    for case in cases.values():
-        case()
-        start = time.perf_counter()
-        case()
-        slowest = max(slowest, time.perf_counter() - start)
-    steps = max(round(TURN_SECONDS / slowest), 1)
-    with tqdm(total=ROUNDS.value * len(cases) * (steps + 1), desc=label, unit="step", leave=False) as bar:
+    """Of one step of each contestant, in turns of about two seconds: as in training, a step follows its own kind."""
+    steps = calls_in(TURN_SECONDS, cases)
+    total = ROUNDS.value * sum(number + 1 for number in steps.values())
+    with tqdm(total=total, desc=label, unit="step", leave=False) as bar:
 
         def counted(case: Callable[[], Any]) -> None:
             case()

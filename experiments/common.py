@@ -398,35 +398,53 @@ class Seconds:
     cpu: float
 
 
-def alternate(cases: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, float]:
+def alternate(
+    cases: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2, turn_seconds: float = 0
+) -> dict[str, float]:
     """Times the cases in turn, A B C A B C …, so that a noisy moment of the machine hits all of them alike.
 
     Each case must finish its work before it returns (`jax.block_until_ready`).
 
+    Args:
+      turn_seconds: about how long a turn is, if longer than a call; see `calls_in`.
+
     Returns:
-      Case name → median seconds over `repeats` runs.
+      Case name → median seconds of a call over `repeats` turns.
     """
-    return {name: seconds.wall for name, seconds in alternate_clocks(cases, repeats, warmup).items()}
+    in_a_row = calls_in(turn_seconds, cases) if turn_seconds else None
+    return {name: seconds.wall for name, seconds in alternate_clocks(cases, repeats, warmup, in_a_row).items()}
+
+
+def calls_in(seconds: float, cases: Mapping[str, Callable[[], Any]]) -> dict[str, int]:
+    """How many calls of each case take about so long; at least one."""
+    calls = {}
+    for name, case in cases.items():
+        case()
+        start = time.perf_counter()
+        case()
+        calls[name] = max(round(seconds / (time.perf_counter() - start)), 1)
+    return calls
 
 
 def alternate_clocks(
-    cases: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2, in_a_row: int = 0
+    cases: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2, in_a_row: Mapping[str, int] | None = None
 ) -> dict[str, Seconds]:
     """As `alternate`, with CPU seconds too: on a shared machine they vary less.
 
     Args:
-      in_a_row: calls of a case that are timed together, behind one that is not: as in a long run, each of them then
-        follows its own kind. 0: one, behind another case's.
+      in_a_row: calls of each case that are timed together, behind one that is not: as in a long run, each of them then
+        follows its own kind. (Behind another case's it finds the caches full of that one's arrays, and the cores busy
+        with its threads, which spin for some milliseconds before they sleep.) None: one, behind another case's.
     """
     for case in cases.values():
         for _ in range(warmup):
             case()
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
-    calls = max(in_a_row, 1)
     for _ in range(repeats):
         for name, case in cases.items():
             if in_a_row:
                 case()
+            calls = in_a_row[name] if in_a_row else 1
             wall, cpu = time.perf_counter(), time.process_time()
             for _ in range(calls):
                 case()
