@@ -35,7 +35,7 @@ _PIXEL_Y, _PIXEL_X = (
 )
 STOP = 1e-4  # a pixel stops before the Gaussian that would bring its transmittance to this
 _GROUP = 64
-_CHUNK = 4
+_CHUNK = 8
 _BACK_CHUNK = 4
 _NEVER = -1e4  # log-alpha of a Gaussian that does not touch the pixel; its exponential is 0
 _HEAD = 6  # leading columns of a packed row: mean x, y, conic xx, xy, yy, log opacity; colours follow
@@ -109,15 +109,17 @@ def _blend_bwd(static: _Static, residuals, cotangent: jax.Array):
     groups, _ = _group_tiles(bins, static)
     # Smaller groups than in the forward pass: a step here keeps four times as many arrays in the cache.
     groups, light, blended_to = jax.tree.map(_split_groups, (groups, light, blended_to))
-    by_group = _image_to_tiles(cotangent, groups, static)  # [N, X + 1, S, P]
+    by_tile = _image_to_tiles(cotangent, static)  # [T, X + 1, P]
     axes = varying.axes_of(packed)
     rows = varying.vary(jnp.zeros((packed.shape[0], packed.shape[1] + 2 * static.absgrad), packed.dtype), axes)
     table = _table(packed)
 
     def step(rows, xs):
-        return _backward_group(static, table, bins, rows, *xs), None
+        group, *_ = xs
+        cotangents = by_tile.at[group.tiles].get(mode="promise_in_bounds")
+        return _backward_group(static, table, bins, rows, *xs, cotangents), None
 
-    rows, _ = lax.scan(step, rows, (groups, light, blended_to, by_group))
+    rows, _ = lax.scan(step, rows, (groups, light, blended_to))
     width = packed.shape[1]
     absolute = rows[:, width:] if static.absgrad else varying.vary(jnp.zeros_like(rows[:, :2]), axes)
     return rows[:, :width], absolute, None
@@ -190,14 +192,14 @@ def _forward_group(static: _Static, table: jax.Array, bins: Bins, group: _Groups
 
 
 def _backward_group(static, table, bins, gradient, group, light, blended_to, cotangent):
-    """Adds one group's gradients to `gradient` [C·G, 6 + X (+ 2)] and returns it.
+    """Adds one group's gradients to `gradient` [C·G, 6 + X (+ 2)] and returns it; `cotangent` [S, X + 1, P].
 
     With g·c a Gaussian's colour dotted with the pixel's cotangent and Z the sum of T alpha g·c over all that lies
     behind it (last, the transmittance): −dL/dsigma = alpha dL/dalpha = T alpha g·c − Z alpha / (1 − alpha).
     """
     X = table.shape[1] - _HEAD
     px, py = _pixel_centres(group.origins)
-    color_cotangents, behind = cotangent[:X], cotangent[X] * light
+    color_cotangents, behind = cotangent[:, :X], cotangent[:, X] * light
     # Beyond the clamp the gradient is zero; a hair below it, because exp(log(max_alpha)) is not max_alpha to the bit.
     clamped = static.max_alpha * (1 - 4 * float(jnp.finfo(table.dtype).eps))
 
@@ -213,7 +215,7 @@ def _backward_group(static, table, bins, gradient, group, light, blended_to, cot
         weights, parts, falls = ([None] * _BACK_CHUNK for _ in range(3))
         for u in reversed(range(_BACK_CHUNK)):
             kept = kept * (1 - alphas[u])
-            seen = sum(rows[u, :, _HEAD + c, None] * color_cotangents[c] for c in range(X))
+            seen = sum(rows[u, :, _HEAD + c, None] * color_cotangents[:, c] for c in range(X))
             weights[u] = light * alphas[u] / kept
             parts[u] = seen * (light * alphas[u]) / kept
         for u in reversed(range(_BACK_CHUNK)):
@@ -222,7 +224,7 @@ def _backward_group(static, table, bins, gradient, group, light, blended_to, cot
             behind = behind + parts[u]
         light = light / kept
         sums = _geometry_sums(static, rows, px, py, falls)
-        of_colors = jnp.einsum("sup,xsp->usx", jnp.stack(weights, 1), color_cotangents, precision=lax.Precision.HIGHEST)
+        of_colors = jnp.einsum("sup,sxp->usx", jnp.stack(weights, 1), color_cotangents, precision=lax.Precision.HIGHEST)
         update = jnp.concatenate([jnp.stack(sums[:_HEAD], -1), of_colors, *(x[..., None] for x in sums[_HEAD:])], -1)
         gradient = gradient.at[ids].add(update, mode="promise_in_bounds")
         return k - _BACK_CHUNK, light, behind, gradient
@@ -327,12 +329,10 @@ def _tiles_to_image(values: jax.Array, places: jax.Array, C: int, static: _Stati
     return image.reshape(C, down * TILE, across * TILE, X)[:, : static.height, : static.width]
 
 
-def _image_to_tiles(image: jax.Array, groups: _Groups, static: _Static) -> jax.Array:
-    """[C, H, W, X] → [N, X, S, P]; pixels outside the image get 0."""
+def _image_to_tiles(image: jax.Array, static: _Static) -> jax.Array:
+    """[C, H, W, X] → [T, X, P]; pixels outside the image get 0."""
     across, down = tile_grid(static.width, static.height)
     C, H, W, X = image.shape
     image = jnp.pad(image, ((0, 0), (0, down * TILE - H), (0, across * TILE - W), (0, 0)))
     image = image.reshape(C, down, 2, _SIDE, across, 2, _SIDE, X)
-    by_tile = image.transpose(0, 1, 4, 7, 2, 5, 3, 6).reshape(-1, X, PIXELS)
-    N, S = groups.tiles.shape
-    return by_tile[groups.tiles.reshape(-1)].reshape(N, S, X, PIXELS).transpose(0, 2, 1, 3)
+    return image.transpose(0, 1, 4, 7, 2, 5, 3, 6).reshape(-1, X, PIXELS)
