@@ -2,7 +2,8 @@
 
 The list of all (tile, Gaussian) intersections is built by one depth sort of the Gaussians, an expansion to
 intersections in that order, and one sort of single uint32 keys `tile << bits | depth rank`. On a CPU XLA sorts single
-keys about six times faster than key–value pairs, which is why the rank rides in the key.
+keys about six times faster than key–value pairs, which is why the rank rides in the key. Where tile and rank need more
+than 32 bits, a stable sort of pairs by tile does the same.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-from renderer_bridge.errors import RasterizeError
 
 TILE = 16
 _INT32_MAX = 2**31 - 1
@@ -70,22 +69,12 @@ def bin_gaussians(
     height: int,
     capacity: int,
 ) -> Bins:
-    """Builds the tile lists. Ties in depth keep the order of the input. Source: facts C.4.
-
-    Raises:
-      RasterizeError: the scene has too many tiles × Gaussians for a 32-bit key (over 4·10⁹).
-    """
+    """Builds the tile lists. Ties in depth keep the order of the input. Source: facts C.4."""
     means2d, depths = lax.stop_gradient((means2d, depths))
     C, G = depths.shape
     across, down = tile_grid(width, height)
     tiles = across * down
     rank_bits = max(1, (G - 1).bit_length())
-    if (C * tiles) << rank_bits >= 2**32:
-        raise RasterizeError(
-            f"{C} cameras of {width}×{height} pixels with {G} Gaussians need more than 32 bits per intersection key; "
-            "render fewer cameras at a time (jax.lax.map over cameras) or a smaller image."
-        )
-
     first, size = tile_rects(means2d, radii, width, height)
     order = _depth_order(jnp.where(size[..., 0] > 0, depths, jnp.inf))  # [C, G]
     rects = jnp.concatenate([first, size], -1)  # [C, G, 4]
@@ -108,15 +97,19 @@ def bin_gaussians(
     camera = owner // G if C > 1 else 0
     tile = (y0 + line) * across + x0 + (local - line * across_rect) + camera * tiles
     rank = owner - camera * G
-    key = (tile.astype(jnp.uint32) << rank_bits) | rank.astype(jnp.uint32)
-    key = jnp.where(index < total, key, jnp.uint32(2**32 - 1))
-    # Keys are unique, so stability changes nothing; XLA's stable sort of single keys happens to be the faster one.
-    key = lax.sort(key, is_stable=True)
-
-    edges = jnp.arange(C * tiles + 1, dtype=jnp.uint32) << rank_bits
+    real, beyond = index < total, jnp.uint32(2**32 - 1)
+    edges = jnp.arange(C * tiles + 1, dtype=jnp.uint32)
+    if (C * tiles) << rank_bits < 2**32:
+        key = jnp.where(real, (tile.astype(jnp.uint32) << rank_bits) | rank.astype(jnp.uint32), beyond)
+        # Keys are unique, so stability changes nothing; XLA's stable sort of single keys happens to be the faster one.
+        key = lax.sort(key, is_stable=True)
+        edges, ranks = edges << rank_bits, (key & jnp.uint32(2**rank_bits - 1)).astype(jnp.int32)
+    else:
+        # The intersections of a tile already follow each other by depth.
+        key, ranks = lax.sort((jnp.where(real, tile.astype(jnp.uint32), beyond), rank), num_keys=1, is_stable=True)
     bounds = jnp.searchsorted(key, edges).astype(jnp.int32)
     return Bins(
-        ranks=(key & jnp.uint32(2**rank_bits - 1)).astype(jnp.int32),
+        ranks=ranks,
         starts=bounds[:-1],
         counts=bounds[1:] - bounds[:-1],
         order=order,

@@ -54,6 +54,9 @@ class _Config(NamedTuple):
     kernel: Kernel
 
 
+_overflow_flags: dict[_Config, threading.Event] = {}
+
+
 class _Inputs(NamedTuple):
     means2d: jax.Array  # [C, G, 2]
     conics: jax.Array  # [C, G, 3]
@@ -239,14 +242,14 @@ def _backward(config: _Config, tensors, outputs) -> None:
     _write(outputs, gradients)
 
 
-@functools.cache
 def _overflowed(config: _Config) -> threading.Event:
     """Set for good once a forward pass of this configuration had more intersections than its capacity.
 
     The host decides what the backward pass launches, and asking the device would make it wait. A forward pass's
-    callback runs before that of its backward pass, so the flag is never set too late.
+    callback runs before that of its backward pass, so the flag is never set too late. Callbacks of several devices run
+    in threads of their own: `setdefault` gives all of them the same flag, which a cached function does not.
     """
-    return threading.Event()
+    return _overflow_flags.setdefault(config, threading.Event())
 
 
 def _fits(config: _Config, bounds: list[int]) -> bool:

@@ -14,6 +14,10 @@ import jax.numpy as jnp
 ALPHA_FLOOR = 1.0 / 255.0
 # Radius in standard deviations of an opaque Gaussian: alpha 1 falls to the floor there (sqrt(2 ln 255) = 3.329).
 MAX_EXTENT = 3.33
+# Of a 2D covariance, pixels⁴: float32 holds neither a larger one nor the square of a smaller one's inverse.
+_LARGEST_DETERMINANT, _SMALLEST_DETERMINANT = 1e36, 1e-18
+# Metres. What is larger is a mistake, and its square would not be finite.
+LARGEST_SCALE = 1e15
 
 
 class Projected(NamedTuple):
@@ -24,7 +28,18 @@ class Projected(NamedTuple):
     conics: jax.Array  # [C, G, 3] upper triangle (xx, xy, yy) of the inverse 2D covariance, 1/pixel²
     opacities: jax.Array  # [C, G] after compensation
     radii: jax.Array  # [C, G, 2] int32 pixels, 0 = culled
-    invalid: jax.Array  # [] int32: Gaussians culled for NaN/Inf values, negative scales or zero quaternions
+    too_large: jax.Array  # [C, G] bool: culled because its covariance on the image plane is beyond what float32 holds
+
+
+def usable(means: jax.Array, quats: jax.Array, scales: jax.Array, opacities: jax.Array) -> jax.Array:
+    """[G] bool: no NaN or Inf, scales from 0 to `LARGEST_SCALE`, a quaternion that is not zero."""
+    return (
+        jnp.all(jnp.isfinite(means), -1)
+        & jnp.all(jnp.isfinite(quats), -1)
+        & jnp.all((scales >= 0) & (scales <= LARGEST_SCALE), -1)
+        & jnp.any(quats != 0, -1)
+        & jnp.isfinite(opacities)
+    )
 
 
 def project(
@@ -43,26 +58,12 @@ def project(
     radius_clip: float = 0.0,
     antialiased: bool = False,
 ) -> Projected:
-    """Projects every Gaussian into every camera. Source: facts C.4."""
-    valid = (
-        jnp.all(jnp.isfinite(means), -1)
-        & jnp.all(jnp.isfinite(quats), -1)
-        & jnp.all(jnp.isfinite(scales) & (scales >= 0), -1)
-        & (jnp.sum(quats * quats, -1) > 0)
-        & jnp.isfinite(opacities)
-    )
-    # Invalid Gaussians are replaced by harmless ones before any arithmetic: a NaN behind a later `where` would still
-    # reach the gradient as 0 · NaN.
-    means = jnp.where(valid[:, None], means, 0.0)
-    quats = jnp.where(valid[:, None], quats, jnp.asarray([1.0, 0.0, 0.0, 0.0], quats.dtype))
-    scales = jnp.where(valid[:, None], scales, 1.0)
-    opacities = jnp.where(valid, opacities, 0.0)
-
+    """Projects every Gaussian, all of them `usable`, into every camera. Source: facts C.4."""
     # Products with the cameras' rotations are written out, component by component: as matrix products a GPU would round
     # them to TF32 (a tenth of a pixel at 512²), and neither they nor their transposes would fuse.
     rotations = viewmats[:, :3, :3, None]
     x, y, depths = (_dot(rotations[:, i].swapaxes(0, 1), means.T) + viewmats[:, i, 3, None] for i in range(3))
-    in_depth = (depths >= near_plane) & (depths <= far_plane) & valid
+    in_depth = (depths >= near_plane) & (depths <= far_plane)
     # The z used for dividing; a culled Gaussian gets 1 so that neither value nor gradient overflows.
     z = jnp.where(in_depth & (jnp.abs(depths) > 1e-20), depths, 1.0)
 
@@ -83,10 +84,14 @@ def project(
         row_x, row_y = _dot(jacobian_x, axis), _dot(jacobian_y, axis)
         xx, xy, yy = xx + row_x * row_x, xy + row_x * row_y, yy + row_y * row_y
 
+    # Replaced before they are multiplied: 0 · Inf would reach the gradient.
+    too_large = in_depth & ~(xx * yy < _LARGEST_DETERMINANT)
+    in_depth = in_depth & ~too_large
+    xx, xy, yy = (jnp.where(too_large, harmless, x) for x, harmless in ((xx, 1.0), (xy, 0.0), (yy, 1.0)))
     determinant_sharp = xx * yy - xy * xy
     xx, yy = xx + eps2d, yy + eps2d
     determinant = xx * yy - xy * xy
-    in_depth = in_depth & (determinant > 0)
+    in_depth = in_depth & (determinant > _SMALLEST_DETERMINANT)
     safe = jnp.where(in_depth, determinant, 1.0)
     conics = jnp.where(in_depth[..., None], jnp.stack([yy / safe, -xy / safe, xx / safe], -1), 0.0)
     opacities = jnp.broadcast_to(opacities, depths.shape)
@@ -96,7 +101,7 @@ def project(
         opacities = opacities * jnp.where(lit, jnp.sqrt(jnp.where(lit, ratio, 1.0)), 0.0)
 
     radii = _radii(means2d, xx, yy, opacities, in_depth, width, height, radius_clip)
-    return Projected(means2d, depths, conics, opacities, radii, jnp.sum(~valid, dtype=jnp.int32))
+    return Projected(means2d, depths, conics, opacities, radii, too_large)
 
 
 def camera_positions(viewmats: jax.Array) -> jax.Array:
@@ -114,8 +119,11 @@ def _dot(a, b) -> jax.Array:
 
 def _rotation(quats: jax.Array) -> list[list[jax.Array]]:
     """[G, 4] wxyz of any non-zero length → three rows of three components [G]."""
-    # Scaled by the largest component first: the square of a tiny quaternion underflows.
-    quats = quats / jax.lax.stop_gradient(jnp.max(jnp.abs(quats), -1, keepdims=True))
+    # Scaled by the largest component first: the square of a tiny quaternion underflows. Before that, into a range where
+    # that component has an inverse.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(quats), -1, keepdims=True))
+    rough = jnp.where(largest > 2.0**40, 2.0**-60, jnp.where(largest < 2.0**-40, 2.0**60, 1.0)).astype(quats.dtype)
+    quats = quats * rough / (largest * rough)
     quats = quats * jax.lax.rsqrt(jnp.sum(quats * quats, -1, keepdims=True))
     w, x, y, z = (quats[..., i] for i in range(4))
     return [

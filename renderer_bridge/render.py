@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import operator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,6 +19,8 @@ _log = logging.getLogger(__name__)
 
 RenderMode = Literal["RGB", "D", "ED", "RGB+D", "RGB+ED"]
 _MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
+_DEPTH_ALONE = ("D", "ED")
+_REQUIRED = ("means", "quats", "scales", "opacities", "colors", "viewmats", "Ks")
 _DEFAULT_MAX_ALPHA = 0.999
 
 
@@ -40,6 +43,11 @@ class _Options(NamedTuple):
     capacity: int
 
 
+@jax.tree_util.register_static
+class _Word(str):
+    """A word among arrays, which leaves a jitted function as it is."""
+
+
 class _Arrays(NamedTuple):
     means: jax.Array
     quats: jax.Array
@@ -58,7 +66,7 @@ def rasterize(
     quats: jax.Array,  # [G, 4] wxyz
     scales: jax.Array,  # [G, 3]
     opacities: jax.Array,  # [G]
-    colors: jax.Array,  # [(C,) G, D] or, with sh_degree, [(C,) G, K, 3]
+    colors: jax.Array | None,  # [(C,) G, D] or, with sh_degree, [(C,) G, K, 3]
     viewmats: jax.Array,  # [C, 4, 4]
     Ks: jax.Array,  # [C, 3, 3]
     width: int,
@@ -91,7 +99,7 @@ def rasterize(
       scales: standard deviations along the Gaussian's axes, metres, ≥ 0.
       opacities: in [0, 1].
       colors: D channels as they are, shared or per camera; with `sh_degree` spherical-harmonic coefficients, whose
-        value + 0.5 is clamped at 0 from below.
+        value + 0.5 is clamped at 0 from below. None will do for depth alone.
       viewmats: world-to-camera, OpenCV axes. Ks: intrinsics in pixels (no skew); pixel centres lie at + 0.5.
       width, height: image size in pixels, static.
       near_plane, far_plane: Gaussians whose camera z lies outside are culled.
@@ -103,8 +111,9 @@ def rasterize(
       rasterize_mode: `antialiased` dims Gaussians by what `eps2d` blurred them.
       backend: `jax` runs everywhere; `gsplat` needs CUDA, torch and gsplat, and float32; `auto` takes gsplat if its
         kernels load and logs the choice once.
-      capacity: upper bound of the number of tile intersections. None: measured and grown by itself outside jit, a
-        generous figure from the shapes inside. `estimate_capacity` gives a tight one. See `info["overflow"]`. With
+      capacity: upper bound of the number of tile intersections. None: measured where values are known, a generous
+        figure from the shapes where they are not (inside jit, vmap, remat, scan, shard_map). `estimate_capacity` gives
+        a tight one. See `info["overflow"]`. With
         `gsplat` every picture is exact: this is, if larger than that generous figure, how many intersections (of four
         bytes) are kept for the backward pass, which takes longer where they are more.
       max_alpha: alpha clamp. None: the installed gsplat's with `gsplat`, .999 (gsplat 1.5) with `jax`.
@@ -119,26 +128,29 @@ def rasterize(
       image [C, H, W, X], alpha [C, H, W, 1], and info: `radii` [C, G, 2] int32 pixels (0 = culled), `means2d`
       [C, G, 2], `depths` [C, G], `conics` [C, G, 3], `opacities` [C, G], `tiles_per_gauss` [C, G], `intersections`
       (count over all cameras), `overflow` (intersections beyond the capacity that are **missing** from the image; 0 =
-      exact), `invalid` (Gaussians left out inside jit for NaN, negative scales or zero quaternions; outside jit they
-      are an error), and the static `width`, `height`, `tile_size`, `tile_width`, `tile_height`, `n_cameras`,
-      `capacity`, `backend`.
+      exact), `invalid` (Gaussians left out for NaN, negative or boundless scales or zero quaternions; where values are
+      known these are an error), and the static `width`, `height`, `tile_size`, `tile_width`, `tile_height`,
+      `n_cameras`, `capacity`, `backend`. The picture of a camera that is NaN is NaN.
 
     Raises:
       RasterizeError: wrong shapes, types or (where values are known) values, or a back end that is not there.
 
     Source: facts C.2, C.4; DESIGN §8.
     """
+    _one_of("render_mode", render_mode, _MODES)
+    if colors is None and render_mode in _DEPTH_ALONE and sh_degree is None and means is not None:
+        colors = jnp.zeros((*jnp.shape(means)[:1], 0), jnp.result_type(means))
     arrays = _Arrays(means, quats, scales, opacities, colors, viewmats, Ks, backgrounds, means2d_probe, absgrad_probe)
-    arrays = _checked(arrays, sh_degree)
+    arrays, sh_degree = _checked(arrays, sh_degree)
     options = _Options(
         width=_size("width", width),
         height=_size("height", height),
-        near_plane=float(near_plane),
-        far_plane=float(far_plane),
+        near_plane=_number("near_plane", near_plane),
+        far_plane=_number("far_plane", far_plane),
         eps2d=_non_negative("eps2d", eps2d),
         radius_clip=_non_negative("radius_clip", radius_clip),
         sh_degree=sh_degree,
-        render_mode=_one_of("render_mode", render_mode, _MODES),
+        render_mode=render_mode,
         rasterize_mode=_one_of("rasterize_mode", rasterize_mode, ("classic", "antialiased")),
         max_alpha=0.0,
         backend=_choose_backend(backend, _kernel, arrays.means.dtype),
@@ -146,10 +158,12 @@ def rasterize(
         kernel=_kernel,
         capacity=0,
     )
+    if options.far_plane <= options.near_plane:
+        raise RasterizeError(f"far_plane is {far_plane}, not beyond near_plane, {near_plane}.")
     options = options._replace(max_alpha=_max_alpha(max_alpha, options))
     concrete = _concrete(arrays)
     if concrete is not None:
-        _check_values(concrete)
+        _check_values(concrete, sh_degree)
     options = options._replace(capacity=_capacity(capacity, arrays, concrete, options))
     render = _render if options.dlpack == "eager" and options.backend == "gsplat" else _render_jitted
     image, alpha, info = render(arrays, options)
@@ -162,7 +176,7 @@ def rasterize(
         "tile_height": down,
         "n_cameras": arrays.viewmats.shape[0],
         "capacity": options.capacity,
-        "backend": options.backend,
+        "backend": _Word(options.backend),
     }
     return image, alpha, info
 
@@ -192,23 +206,23 @@ def estimate_capacity(
       RasterizeError: bad input, or called where the values are not known (inside jit).
     """
     colors = jnp.zeros((*jnp.shape(means)[:-1], 0), jnp.asarray(means).dtype)
-    arrays = _checked(_Arrays(means, quats, scales, opacities, colors, viewmats, Ks, None, None, None), None)
+    arrays, _ = _checked(_Arrays(means, quats, scales, opacities, colors, viewmats, Ks, None, None, None), None)
     concrete = _concrete(arrays)
     if concrete is None:
         raise RasterizeError(
             "estimate_capacity needs values but was called inside jit or vmap; call it before, and pass the number on "
             "as capacity=."
         )
-    _check_values(concrete)
+    _check_values(concrete, None)
     if margin < 1:
         raise RasterizeError(f"margin is {margin}; expected at least 1.")
     options = _Options(
         _size("width", width),
         _size("height", height),
-        near_plane,
-        far_plane,
-        eps2d,
-        radius_clip,
+        _number("near_plane", near_plane),
+        _number("far_plane", far_plane),
+        _non_negative("eps2d", eps2d),
+        _non_negative("radius_clip", radius_clip),
         None,
         "RGB",
         _one_of("rasterize_mode", rasterize_mode, ("classic", "antialiased")),
@@ -225,6 +239,7 @@ def _render(arrays: _Arrays, options: _Options) -> tuple[jax.Array, jax.Array, d
     """The differentiable program behind `rasterize`; everything is static but the arrays."""
     # Inside shard_map everything varies from here on; the transpose of this mark sums replicated gradients.
     arrays = varying.vary(arrays, varying.axes_of(arrays))
+    arrays, unusable = _without_unusable(arrays, options)
     projected = _project(arrays, options)
     means2d = projected.means2d if arrays.means2d_probe is None else projected.means2d + arrays.means2d_probe
     colors, backgrounds = _channels(arrays, projected, options)
@@ -271,6 +286,7 @@ def _render(arrays: _Arrays, options: _Options) -> tuple[jax.Array, jax.Array, d
         image = image + (1 - alpha) * backgrounds[:, None, None, :]
     if options.render_mode.endswith("ED"):
         image = jnp.concatenate([image[..., :-1], image[..., -1:] / jnp.maximum(alpha, 1e-10)], -1)
+    image = image + _nan_of_cameras(arrays)[:, None, None, None]
     info = {
         "radii": projected.radii,
         "means2d": means2d,
@@ -280,12 +296,46 @@ def _render(arrays: _Arrays, options: _Options) -> tuple[jax.Array, jax.Array, d
         "tiles_per_gauss": tiles_per_gauss,
         "intersections": intersections,
         "overflow": overflow,
-        "invalid": projected.invalid,
+        "invalid": jnp.sum(unusable | jnp.any(projected.too_large, 0), dtype=jnp.int32),
     }
     return image, alpha, info
 
 
 _render_jitted = functools.partial(jax.jit, static_argnames=("options",))(_render)
+
+
+def _axes_of_colors(colors: jax.Array, sh_degree: int | None) -> tuple[int, ...]:
+    """All but that of the Gaussians."""
+    gaussians = colors.ndim - (2 if sh_degree is None else 3)
+    return tuple(axis for axis in range(colors.ndim) if axis != gaussians)
+
+
+def _without_unusable(arrays: _Arrays, options: _Options) -> tuple[_Arrays, jax.Array]:
+    """Makes Gaussians with values that cannot be meant invisible; the second result [G] says which.
+
+    They are replaced before any arithmetic: a NaN behind a later `where` would still reach the gradient as 0 · NaN.
+    The colour of a Gaussian that is masked out may be anything.
+    """
+    colors = arrays.colors
+    others = _axes_of_colors(colors, options.sh_degree)
+    colored = jnp.all(jnp.isfinite(colors), others)
+    usable = projection.usable(arrays.means, arrays.quats, arrays.scales, arrays.opacities)
+    usable &= colored | (arrays.opacities <= 0)
+    upright = jnp.asarray([1.0, 0.0, 0.0, 0.0], arrays.quats.dtype)
+    cleaned = arrays._replace(
+        means=jnp.where(usable[:, None], arrays.means, 0.0),
+        quats=jnp.where(usable[:, None], arrays.quats, upright),
+        scales=jnp.where(usable[:, None], arrays.scales, 1.0),
+        opacities=jnp.where(usable, arrays.opacities, 0.0),
+        colors=jnp.where(jnp.expand_dims(usable & colored, others), colors, 0.0),
+    )
+    return cleaned, ~usable
+
+
+def _nan_of_cameras(arrays: _Arrays) -> jax.Array:
+    """[C] 0, or NaN for a camera that is not finite: its empty picture must not pass for one."""
+    finite = jnp.all(jnp.isfinite(arrays.viewmats), (1, 2)) & jnp.all(jnp.isfinite(arrays.Ks), (1, 2))
+    return jnp.where(finite, 0.0, jnp.nan).astype(arrays.means.dtype)
 
 
 def _project(arrays: _Arrays, options: _Options) -> projection.Projected:
@@ -310,23 +360,22 @@ def _channels(arrays: _Arrays, projected: projection.Projected, options: _Option
     """Channels to blend [C, G, X] and their background [C, X] or None."""
     C, G = projected.depths.shape
     colors, backgrounds, depth = arrays.colors, arrays.backgrounds, projected.depths[..., None]
-    if options.render_mode in ("D", "ED"):
-        return depth, None
-    if options.sh_degree is not None:
+    if options.sh_degree is not None and options.render_mode not in _DEPTH_ALONE:
         directions = arrays.means - projection.camera_positions(arrays.viewmats)[:, None]
         coefficients = colors if colors.ndim == 4 else colors[None]
         colors = jnp.maximum(sh.spherical_harmonics(options.sh_degree, directions, coefficients) + 0.5, 0.0)
-    colors = jnp.broadcast_to(colors, (C, G, colors.shape[-1]))
-    # A culled Gaussian's colour may be anything, NaN included; it must not reach a sum.
-    seen = jnp.all(projected.radii > 0, -1, keepdims=True)
-    colors = jnp.where(seen, colors, 0.0)
-    if backgrounds is not None:
-        backgrounds = jnp.broadcast_to(backgrounds, (C, colors.shape[-1]))
-    if options.render_mode != "RGB":
-        colors = jnp.concatenate([colors, depth], -1)
+    if options.render_mode in _DEPTH_ALONE:
+        colors, backgrounds = depth, None
+    else:
+        colors = jnp.broadcast_to(colors, (C, G, colors.shape[-1]))
         if backgrounds is not None:
-            backgrounds = jnp.concatenate([backgrounds, jnp.zeros((C, 1), backgrounds.dtype)], -1)
-    return colors, backgrounds
+            backgrounds = jnp.broadcast_to(backgrounds, (C, colors.shape[-1]))
+        if options.render_mode != "RGB":
+            colors = jnp.concatenate([colors, depth], -1)
+            if backgrounds is not None:
+                backgrounds = jnp.concatenate([backgrounds, jnp.zeros((C, 1), backgrounds.dtype)], -1)
+    # What is culled may still be read, with weight 0, and 0 · Inf would not be 0.
+    return jnp.where(jnp.all(projected.radii > 0, -1, keepdims=True), colors, 0.0), backgrounds
 
 
 @functools.partial(jax.jit, static_argnames=("options",))
@@ -339,7 +388,9 @@ def _count(arrays: _Arrays, options: _Options) -> jax.Array:
 def _measure(arrays: _Arrays, options: _Options) -> int:
     neutral = options._replace(sh_degree=None, render_mode="RGB", max_alpha=0.0, backend="jax", kernel=None, capacity=0)
     # Only what the projection reads, so that one compiled count serves every kind of colour.
-    arrays = arrays._replace(colors=jnp.zeros(()), backgrounds=None, means2d_probe=None, absgrad_probe=None)
+    arrays = arrays._replace(
+        colors=jnp.zeros((len(arrays.means), 0)), backgrounds=None, means2d_probe=None, absgrad_probe=None
+    )
     count = int(_count(arrays, neutral))
     if count >= 2**31 - 1:
         raise RasterizeError(
@@ -349,7 +400,8 @@ def _measure(arrays: _Arrays, options: _Options) -> int:
 
 
 def _capacity(capacity: int | None, arrays: _Arrays, concrete: _Arrays | None, options: _Options) -> int:
-    if capacity is not None and (not isinstance(capacity, int | np.integer) or not 0 < capacity < 2**31):
+    whole = isinstance(capacity, int | np.integer) and not isinstance(capacity, bool)
+    if capacity is not None and not (whole and 0 < capacity < 2**31):
         raise RasterizeError(f"capacity is {capacity!r}; expected a whole number from 1 to 2³¹ − 1.")
     if capacity is None and concrete is not None and options.backend == "jax":
         return _round_up(_measure(concrete, options))
@@ -411,8 +463,11 @@ def _concrete(arrays: _Arrays) -> _Arrays | None:
     return None if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays)) else arrays
 
 
-def _checked(arrays: _Arrays, sh_degree: int | None) -> _Arrays:
-    """Arrays of the right shapes in one float type."""
+def _checked(arrays: _Arrays, sh_degree: int | None) -> tuple[_Arrays, int | None]:
+    """Arrays of the right shapes in one float type, and the degree as a plain number."""
+    for name in _REQUIRED:
+        if getattr(arrays, name) is None:
+            raise RasterizeError(f"{name} is None; expected an array.")
     given = {name: _array(name, value) for name, value in arrays._asdict().items() if value is not None}
     dtype = jnp.result_type(*given.values())
     given = {name: value.astype(dtype) for name, value in given.items()}
@@ -442,8 +497,11 @@ def _checked(arrays: _Arrays, sh_degree: int | None) -> _Arrays:
             raise RasterizeError(f"colors has shape {shape}; expected ({G}, D) or ({C}, {G}, D).")
         D = shape[-1]
     else:
-        if isinstance(sh_degree, bool) or sh_degree not in range(sh.MAX_DEGREE + 1):
+        if isinstance(sh_degree, bool) or not hasattr(sh_degree, "__index__"):
             raise RasterizeError(f"sh_degree is {sh_degree!r}; expected None or 0, 1, 2, 3.")
+        sh_degree = operator.index(sh_degree)
+        if sh_degree not in range(sh.MAX_DEGREE + 1):
+            raise RasterizeError(f"sh_degree is {sh_degree}; expected None or 0, 1, 2, 3.")
         needed = (sh_degree + 1) ** 2
         if len(shape) < 3 or shape[-3] != G or shape[-1] != 3 or shape[:-3] not in ((), (C,)) or shape[-2] < needed:
             raise RasterizeError(
@@ -453,7 +511,7 @@ def _checked(arrays: _Arrays, sh_degree: int | None) -> _Arrays:
         D = 3
     if "backgrounds" in given and given["backgrounds"].shape not in ((D,), (C, D)):
         raise RasterizeError(f"backgrounds has shape {given['backgrounds'].shape}; expected ({C}, {D}) or ({D},).")
-    return _Arrays(**{name: given.get(name) for name in _Arrays._fields})
+    return _Arrays(**{name: given.get(name) for name in _Arrays._fields}), sh_degree
 
 
 def _array(name: str, value: Any) -> jax.Array:
@@ -466,19 +524,24 @@ def _array(name: str, value: Any) -> jax.Array:
     return value
 
 
-def _check_values(arrays: _Arrays) -> None:
+def _check_values(arrays: _Arrays, sh_degree: int | None) -> None:
     """Refuses values that cannot be meant, by name and first row."""
 
     def refuse(name: str, bad: np.ndarray, what: str) -> None:
         if bad.any():
             raise RasterizeError(f"{name} has {what} in {int(bad.sum())} row(s), first in row {int(np.argmax(bad))}.")
 
-    for name in ("means", "quats", "scales", "opacities", "viewmats", "Ks"):
-        value = np.asarray(getattr(arrays, name))
-        refuse(
-            name, ~np.isfinite(value).reshape(len(value), -1).all(1) if value.size else np.zeros(0, bool), "NaN or Inf"
-        )
-    refuse("scales", (np.asarray(arrays.scales) < 0).any(1), "negative values (give activated scales, not logarithms)")
+    def of_rows(finite: np.ndarray, axes: tuple[int, ...] | None = None) -> np.ndarray:
+        return ~finite.all(tuple(range(1, finite.ndim)) if axes is None else axes)
+
+    for name in ("means", "quats", "scales", "opacities", "viewmats", "Ks", "backgrounds"):
+        if getattr(arrays, name) is not None:
+            refuse(name, of_rows(np.isfinite(getattr(arrays, name))), "NaN or Inf")
+    uncolored = of_rows(np.isfinite(arrays.colors), _axes_of_colors(arrays.colors, sh_degree))
+    refuse("colors", uncolored & (np.asarray(arrays.opacities) > 0), "NaN or Inf")
+    scales = np.asarray(arrays.scales)
+    refuse("scales", (scales < 0).any(1), "negative values (give activated scales, not logarithms)")
+    refuse("scales", (scales > projection.LARGEST_SCALE).any(1), "values that no scene has")
     refuse("quats", (np.asarray(arrays.quats) == 0).all(1), "a zero quaternion")
     opacities = np.asarray(arrays.opacities)
     refuse(
@@ -496,8 +559,18 @@ def _size(name: str, value: Any) -> int:
     return int(value)
 
 
-def _non_negative(name: str, value: float) -> float:
-    if not value >= 0:
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isnan(number):
+        raise RasterizeError(f"{name} is {value!r}; expected a number, known when tracing (static).")
+    return number
+
+
+def _non_negative(name: str, value: Any) -> float:
+    if not 0 <= _number(name, value) < math.inf:
         raise RasterizeError(f"{name} is {value!r}; expected a number ≥ 0.")
     return float(value)
 

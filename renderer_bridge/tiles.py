@@ -2,8 +2,9 @@
 
 The rules are those of gsplat's CUDA kernels (facts C.4). How it is made fast under XLA:
 
-* Tiles are sorted by list length and blended in groups, so that a group's cost is its longest list and the whole cost
-  follows the number of intersections, however uneven the lists are. A group stops when all its pixels have stopped.
+* Tiles are sorted by list length and blended in groups. A group costs its tiles times its longest list, so the whole
+  cost follows the number of intersections where many tiles have lists (a picture with all of them in a few tiles takes
+  up to a group's size longer). A group stops when all its pixels have stopped.
 * A step blends `CHUNK` Gaussians of every list of the group. Alpha is written with the exponential as its last
   operation: XLA never recomputes an exponential, but it would recompute anything cheap behind it once per output.
 * The backward pass walks back from where each pixel stopped, recovering the transmittance by division. Its memory is

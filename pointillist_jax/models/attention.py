@@ -47,14 +47,19 @@ def attention(
         for their caches (measured in experiments/LOG.md). Short sequences have rows of half of it, and all columns.
 
     Raises:
-      UserError: shapes that do not fit, an unknown implementation.
+      UserError: shapes that do not fit, an implementation that is unknown or cannot run here.
     """
     _check(q, k, v, causal, window, implementation)
     if window is not None and window >= k.shape[1]:
         window = None
+    cudnn_runs = q.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu"
     if implementation == "auto":
-        half = q.dtype in (jnp.bfloat16, jnp.float16)
-        implementation = "cudnn" if half and jax.default_backend() == "gpu" else "chunked"
+        implementation = "cudnn" if cudnn_runs else "chunked"
+    if implementation == "cudnn" and not cudnn_runs:
+        raise UserError(
+            f"attention 'cudnn' needs a CUDA device and bfloat16 or float16, not {q.dtype} on {jax.default_backend()}; "
+            "take 'auto' or 'chunked'."
+        )
     with jax.named_scope(f"attention_{implementation}"):
         if implementation == "cudnn":
             # Lengths, never a mask: cuDNN takes a mask as a dense T×S bias.

@@ -96,6 +96,14 @@ def _transposed(x):
     return jnp.swapaxes(x, -1, -2)
 
 
+def _wide_on_cpu(*factors):
+    """What a product whose result is transposed is made of. XLA exchanges its factors, and its CPU back end has no such
+    product of half precision."""
+    if jax.default_backend() != "cpu":
+        return factors
+    return tuple(x.astype(accumulator(x.dtype)) for x in factors)
+
+
 def _row_products(out_bar, out, dtype):
     """[B,T,N,1] Σ_h of the product: what every weight's gradient is reduced by."""
     ones = jnp.ones(out.shape[3], dtype)
@@ -196,7 +204,7 @@ def _strips_backward(plan: _Strips, residuals, out_bar):
         d_scores = (weights * (d_weights - _transposed(d))).astype(out.dtype)
         dv.append(jnp.matmul(weights.astype(v.dtype), g, preferred_element_type=dtype))
         dk.append(jnp.matmul(d_scores, rows, preferred_element_type=dtype))
-        d_rows = jnp.matmul(keys_t[..., keys], d_scores, preferred_element_type=dtype)
+        d_rows = jnp.matmul(*_wide_on_cpu(keys_t[..., keys], d_scores), preferred_element_type=dtype)
         dq.append(_unrows(_transposed(d_rows), heads))
     dq, dk, dv = jnp.concatenate(dq, axis=1) * scale, plan.add_keys(dk) * scale, plan.add_keys(dv)
     return dq.astype(out.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None

@@ -83,6 +83,33 @@ def test_chunked_in_bf16_keeps_softmax_in_float32(rng):
     np.testing.assert_allclose(out.astype(jnp.float32), in_numpy(q, k, v, True, None, None), atol=2e-2)
 
 
+@pytest.mark.parametrize(("length", "block_size"), [(32, 16), (64, 32), (100, 16)], ids=["strips", "two", "tiles"])
+def test_gradients_in_bf16_are_near_those_in_float32(rng, length, block_size):
+    """Several sequences: XLA's CPU back end has products of one that it lacks of many."""
+    q, k, v = inputs(rng, length, length, 4, 2, dtype=jnp.bfloat16)
+    q, k, v = (jnp.concatenate([x, x[::-1]]) for x in (q, k, v))
+    assert len(q) > 1
+
+    def gradients(implementation, *x):
+        def loss(*x):
+            out = attention(*x, causal=True, implementation=implementation, block_size=block_size)
+            return jnp.sum(out.astype(jnp.float32) ** 2)
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(*x)
+
+    exact = gradients("xla", *(x.astype(jnp.float32) for x in (q, k, v)))
+    for found, expected in zip(gradients("chunked", q, k, v), exact, strict=True):
+        assert found.dtype == jnp.bfloat16
+        error = jnp.abs(found.astype(jnp.float32) - expected).max() / jnp.abs(expected).max()
+        assert error < 2e-2
+
+
+def test_cudnn_where_it_cannot_run_is_a_sentence(rng):
+    x = inputs(rng, 16, 16, 2, 2)  # float32
+    with pytest.raises(UserError, match=r"needs a CUDA device and bfloat16 or float16, .* take 'auto' or 'chunked'"):
+        attention(*x, causal=True, implementation="cudnn")
+
+
 def test_huge_scores_stay_finite(rng):
     q, k, v = inputs(rng, 40, 40, 2, 2)
     value, grads = jax.value_and_grad(

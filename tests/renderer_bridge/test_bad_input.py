@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +57,16 @@ def _render(width=W, height=H, backend="jax", **changes):
         ({"eps2d": -0.1}, "eps2d"),
         ({"capacity": 0}, "capacity is 0"),
         ({"capacity": 1.5}, "capacity is 1.5"),
+        ({"capacity": True}, "capacity is True"),
         ({"max_alpha": 1.0}, "max_alpha is 1.0"),
+        ({"means": None}, "means is None"),
+        ({"colors": None}, "colors is None"),
+        ({"near_plane": np.nan}, "near_plane is nan"),
+        ({"near_plane": "x"}, "near_plane is 'x'"),
+        ({"far_plane": -1}, "far_plane is -1, not beyond near_plane, 0.01"),
+        ({"eps2d": np.inf}, "eps2d is inf"),
+        ({"radius_clip": "a"}, "radius_clip is 'a'"),
+        ({"sh_degree": 1.0}, "sh_degree is 1.0"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -81,6 +92,9 @@ def _spoiled(name, value, row=7):
         (_spoiled("opacities", np.nan), "opacities has NaN"),
         (_spoiled("viewmats", np.nan, 1), "viewmats has NaN"),
         (_spoiled("Ks", -np.eye(3), 1), "focal length"),
+        (_spoiled("scales", 1e20), "scales has values that no scene has"),
+        (_spoiled("colors", np.nan), "colors has NaN or Inf in 1 row.* first in row 7"),
+        ({"backgrounds": np.full(3, np.inf, np.float32)}, "backgrounds has NaN or Inf"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -89,39 +103,104 @@ def test_wrong_values_are_refused_outside_jit(changes, sentence):
         _render(**changes)
 
 
-@jax.jit
-def _program(arrays):
+@functools.partial(jax.jit, static_argnames=("sh_degree",))
+def _program(arrays, sh_degree=None):
     def loss(arrays):
-        image, _, info = rasterize(**arrays, width=W, height=H, backend="jax")
+        image, _, info = rasterize(**arrays, width=W, height=H, backend="jax", sh_degree=sh_degree)
         return jnp.sum(image**2), (image, info["invalid"], info["radii"])
 
     return jax.grad(loss, has_aux=True)(arrays)
 
 
+@pytest.mark.parametrize("sh_degree", [None, 1])
 @pytest.mark.parametrize(
     "changes",
     [
         _spoiled("scales", -0.1),
         _spoiled("scales", np.nan),
+        _spoiled("scales", 1e12),  # finite, but its square on the image plane is not
+        _spoiled("scales", 1e20),
         _spoiled("means", np.inf),
         _spoiled("quats", 0),
         _spoiled("opacities", np.nan),
+        _spoiled("colors", np.nan),
     ],
     ids=lambda x: next(iter(x)),
 )
-def test_inside_jit_such_gaussians_are_left_out_and_counted(changes):
-    good = _inputs()
-    bad = {**good, **changes}
+def test_inside_jit_such_gaussians_are_left_out_and_counted(changes, sh_degree):
+    good, spoil_colors = _inputs(), "colors" in changes
+    if sh_degree is not None:
+        good["colors"] = np.random.default_rng(0).normal(0, 0.3, (20, 4, 3)).astype(np.float32)
+    bad = {**good, **({} if spoil_colors else changes)}
+    if spoil_colors:
+        bad["colors"] = good["colors"].copy()
+        bad["colors"][7] = np.nan
     keep = np.arange(20) != 7
 
-    gradients, (image, invalid, _) = _program(bad)
+    gradients, (image, invalid, _) = _program(bad, sh_degree)
     assert int(invalid) == 1
-    without = _render(**{**good, "opacities": np.where(keep, good["opacities"], 0).astype(np.float32)})[0]
-    np.testing.assert_allclose(image, without, atol=1e-6)
+    masked = {**good, "opacities": np.where(keep, good["opacities"], 0).astype(np.float32)}
+    np.testing.assert_allclose(image, _program(masked, sh_degree)[1][0], atol=1e-6)
     for name, gradient in gradients.items():
         assert np.isfinite(gradient).all(), name
         if name in NAMES[:5]:
             assert np.all(np.asarray(gradient)[7] == 0), name
+
+
+@pytest.mark.parametrize("sh_degree", [None, 1])
+def test_the_colour_of_a_masked_gaussian_may_be_anything(sh_degree):
+    inputs = _inputs()
+    if sh_degree is not None:
+        inputs["colors"] = np.zeros((20, 4, 3), np.float32)
+    inputs["opacities"][7] = 0
+    expected = _program(inputs, sh_degree)
+    spoiled = inputs["colors"].copy()  # JAX may still be reading the original
+    spoiled[7] = np.nan
+    gradients, (image, invalid, radii) = _program({**inputs, "colors": spoiled}, sh_degree)
+    assert int(invalid) == 0
+    jax.tree.map(np.testing.assert_array_equal, (gradients, (image, invalid, radii)), expected)
+
+
+@pytest.mark.parametrize("name", ["viewmats", "Ks"])
+def test_inside_jit_the_picture_of_a_camera_that_is_not_finite_is_nan(name):
+    good = _inputs()
+    _, (expected, _, _) = _program(good)
+    _, (image, _, _) = _program({**good, **_spoiled(name, np.nan, 1)})
+    np.testing.assert_array_equal(image[0], expected[0])
+    assert np.isnan(image[1]).all()
+
+
+@pytest.mark.parametrize("length", [1e-30, 1e-19, 3e20, 8e37])
+def test_quaternions_have_any_length(length):
+    inputs = _inputs()
+    unit = inputs["quats"] / np.linalg.norm(inputs["quats"], axis=1, keepdims=True)
+    image, _, info = _render(quats=unit * np.float32(length))
+    assert int(info["invalid"]) == 0
+    np.testing.assert_allclose(image, _render()[0], atol=1e-5)
+
+
+def test_without_a_blur_gaussians_too_small_for_float32_have_finite_gradients():
+    inputs = _inputs()
+    inputs["scales"][7] = 1e-10
+
+    @jax.jit
+    def gradients(inputs):
+        return jax.grad(lambda x: jnp.sum(rasterize(**x, width=W, height=H, backend="jax", eps2d=0.0)[0]))(inputs)
+
+    for name, gradient in gradients(inputs).items():
+        assert np.isfinite(gradient).all(), name
+
+
+def test_depth_needs_no_colours():
+    for mode in ("D", "ED"):
+        np.testing.assert_array_equal(_render(render_mode=mode, colors=None)[0], _render(render_mode=mode)[0])
+
+
+def test_a_degree_may_be_an_array_s_element():
+    coefficients = np.random.default_rng(0).normal(0, 0.3, (20, 4, 3)).astype(np.float32)
+    plain = _render(colors=coefficients, sh_degree=1)[0]
+    np.testing.assert_array_equal(_render(colors=coefficients, sh_degree=np.int32(1))[0], plain)
+    np.testing.assert_array_equal(_render(colors=coefficients, sh_degree=jnp.int32(1))[0], plain)
 
 
 def test_gaussians_behind_and_at_the_camera_are_culled_with_zero_gradients():

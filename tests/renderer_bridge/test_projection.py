@@ -144,3 +144,24 @@ def test_tile_lists_are_those_of_gsplat():
     camera = np.repeat(np.arange(3 * across * down) // (across * down), np.asarray(bins.counts))
     ids = np.asarray(bins.order)[camera, np.asarray(bins.ranks)[: len(camera)]] + camera * 500
     np.testing.assert_array_equal(ids, flatten_ids.numpy())
+
+
+def test_tile_and_rank_may_need_more_than_32_bits():
+    """2¹⁵ tiles and 2¹⁷ Gaussians: pairs are sorted instead of single keys."""
+    rng, width, height, count = np.random.default_rng(0), 4096, 2048, 70_000
+    means2d = rng.uniform(0, 1, (1, count, 2)).astype(np.float32) * np.float32([width, height])
+    radii = rng.integers(0, 20, (1, count, 2)).astype(np.int32)
+    depths = rng.uniform(1, 2, (1, count)).astype(np.float32)
+    depths[0, ::9] = depths[0, 0]
+    bins = jax.jit(binning.bin_gaussians, static_argnums=(3, 4, 5))(means2d, radii, depths, width, height, 1 << 19)
+    across, down = binning.tile_grid(width, height)
+    _, isect_ids, flatten_ids = reference._isect_tiles(
+        *(torch.tensor(x) for x in (means2d, radii, depths)), 16, across, down
+    )
+    assert int(bins.total) == len(flatten_ids) > 100_000
+    assert int(bins.overflow) == 0
+    offsets = reference._isect_offset_encode(isect_ids, 1, across, down).reshape(-1).numpy()
+    np.testing.assert_array_equal(bins.starts, offsets)
+    np.testing.assert_array_equal(
+        np.asarray(bins.order)[0][np.asarray(bins.ranks)[: len(flatten_ids)]], flatten_ids.numpy()
+    )

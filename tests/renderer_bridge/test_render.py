@@ -247,6 +247,53 @@ def test_jit_vmap_scan_remat_agree_with_a_plain_call():
         np.testing.assert_allclose(slope, gradient, rtol=1e-3, atol=1e-4 * float(jnp.abs(gradient).max()))
 
 
+def test_all_that_is_returned_leaves_transformations():
+    arrays = _inputs()
+    expected = _rasterize(*arrays)
+    *gaussians, viewmats, Ks, backgrounds = arrays
+
+    def one_camera(viewmat, K, background):
+        return _rasterize(*gaussians, viewmat[None], K[None], background[None])
+
+    def body(_, camera):
+        return None, one_camera(*camera)
+
+    jitted = jax.jit(_rasterize)(*arrays)
+    remat = jax.checkpoint(_rasterize)(*arrays)
+    vmapped = jax.vmap(one_camera)(viewmats, Ks, backgrounds)
+    _, scanned = jax.lax.scan(body, None, (viewmats, Ks, backgrounds))
+    for found in (jitted, remat, vmapped, scanned):
+        assert found[2]["backend"] == "jax"
+        assert found[2].keys() == expected[2].keys()
+    for found in (jitted, remat):
+        np.testing.assert_array_equal(found[2]["radii"], expected[2]["radii"])
+        assert int(found[2]["tile_width"]) == expected[2]["tile_width"] == 4
+    for found in (vmapped, scanned):
+        np.testing.assert_allclose(found[0][:, 0], expected[0], atol=1e-6)
+        np.testing.assert_array_equal(found[2]["overflow"], 0)
+
+
+def test_memory_is_linear_in_intersections():
+    """Far more of them than the picture has pixels, and twelve bytes apiece."""
+    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in _inputs()]
+
+    def temporaries(capacity):
+        gradient = jax.jit(jax.grad(lambda *a: jnp.sum(_rasterize(*a, capacity=capacity)[0] ** 2), argnums=range(7)))
+        return gradient.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+    million, three = temporaries(1_000_000), temporaries(3_000_000)
+    assert million < 40 * 1_000_000
+    assert three == pytest.approx(3 * million, rel=0.1)
+
+
+def test_it_lowers_for_every_platform():
+    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in _inputs()]
+    for platform in ("cpu", "cuda", "rocm", "tpu"):
+        function = jax.jit(jax.grad(lambda *a: jnp.sum(_rasterize(*a)[0]), argnums=range(8)))
+        text = function.trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+        assert "stablehlo.while" in text
+
+
 def test_one_program_per_static_configuration():
     _rasterize(*_inputs())
     before = render._render_jitted._cache_size()
