@@ -15,12 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pointillist_jax.configs import ATTENTIONS
 from pointillist_jax.files import UserError
 from pointillist_jax.models.chunked_attention import MASKED, accumulator, chunked_attention
 from pointillist_jax.sharding import constrain, logical_spec, parts_of
 from renderer_bridge.varying import axes_of, vary
-
-IMPLEMENTATIONS = ("auto", "cudnn", "chunked", "xla")
 
 
 def attention(
@@ -121,8 +120,8 @@ def cached_attention(
 
 
 def _check(q, k, v, causal, window, implementation):
-    if implementation not in IMPLEMENTATIONS:
-        raise UserError(f"no attention {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}.")
+    if implementation not in ATTENTIONS:
+        raise UserError(f"no attention {implementation!r}; there are {', '.join(ATTENTIONS)}.")
     fits = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
     if not fits or q.shape[2] % k.shape[2]:
         raise UserError(
