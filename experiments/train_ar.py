@@ -47,6 +47,7 @@ from pointillist_jax.evaluation.token_baselines import MEAN_HEAD_STAGES, fit_his
 from pointillist_jax.files import UserError, atomic_path
 from pointillist_jax.flame import FlameModel
 from pointillist_jax.flops import device_peak, training_flops, transformer_flops
+from pointillist_jax.models.attention import require_attention
 from pointillist_jax.models.condition import context_length, feature_shapes
 from pointillist_jax.sharding import batch_share, make_mesh, require_share
 from pointillist_jax.training import ar
@@ -210,7 +211,9 @@ def train_ar(
     optimizer, init = make_optimizer(settings), ar.init_params(model)
     step = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=settings)
     peak, key = device_peak(jax.devices()[0].device_kind), jax.random.PRNGKey(seed)
-    abstract_state(init, optimizer, settings, key, devices)  # Raises what sizes and mesh do not allow.
+    # Both raise what would else fail behind `open_workdir`: sizes that the mesh does not divide, an attention.
+    abstract_state(init, optimizer, settings, key, devices)
+    require_attention(model.attention, model.dtype)
     open_workdir()
     with Checkpoints(workdir, settings.keep) as checkpoints:
         check = functools.partial(check_same_model, config=config, part="model", where=str(workdir))
@@ -288,9 +291,13 @@ def print_summary(summary: dict[str, Any]) -> None:
     print(f"\nheld-out subjects ({len(summary['held_out'])}), nats per token after {summary['steps']} steps:")
     print(f"  {'':<22}{'all':>8}" + "".join(f"{slot:>8}" for slot in "xyzb"))
     for name, scores in rows:
-        values = [scores.get("loss"), *(scores.get(f"loss_{slot}") for slot in "xyzb")]
-        cells = "".join(f"{v:>8.3f}" if v is not None else " " * 8 for v in values)
+        values = [scores.get(key, "") for key in ("loss", *(f"loss_{slot}" for slot in "xyzb"))]
+        cells = "".join(f"{v:>8.3f}" if isinstance(v, float) else f"{'nan' if v is None else v:>8}" for v in values)
         print(f"  {name.replace('_', ' '):<22}{cells}")
+    if "model" in summary and summary["model"].get("loss") is None:
+        print(
+            "the model's loss is no number: it has diverged; train it again with a lower --config.train.learning_rate."
+        )
 
 
 def _held_out(store: TokenStore, asked: int) -> int:

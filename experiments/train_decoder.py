@@ -48,6 +48,7 @@ from pointillist_jax.data.template_space import placement
 from pointillist_jax.data.token_store import open_store, spec_difference
 from pointillist_jax.files import UserError, atomic_path
 from pointillist_jax.flame import FlameModel
+from pointillist_jax.models.attention import require_attention
 from pointillist_jax.sharding import batch_share, make_mesh, require_share
 from pointillist_jax.training import decoder
 from pointillist_jax.training.checkpoints import Checkpoints, load_params, model_kind
@@ -290,7 +291,8 @@ def train_decoder(
         "capacity": decoder.first_capacity(shared["max_points"], width, height),
     }
     key = jax.random.PRNGKey(seed)
-    # Raises what sizes and mesh do not allow.
+    # Both raise what would else fail behind `open_workdir`: sizes that the mesh does not divide, an attention.
+    require_attention(settings.attention, settings.dtype)
     abstract, _ = abstract_state(init, optimizer, run_, key, devices)
     initial = None if init_from is None else initial_params(abstract.params, init_from)
     open_workdir()

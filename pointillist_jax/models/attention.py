@@ -52,8 +52,7 @@ def attention(
     if window is not None and window >= k.shape[1]:
         window = None
     if implementation == "auto":
-        half = q.dtype in (jnp.bfloat16, jnp.float16)
-        implementation = "cudnn" if half and jax.default_backend() == "gpu" else "chunked"
+        implementation = "cudnn" if _runs_cudnn(q.dtype) else "chunked"
     with jax.named_scope(f"attention_{implementation}"):
         if implementation == "cudnn":
             # Lengths, never a mask: cuDNN takes a mask as a dense T×S bias.
@@ -119,9 +118,23 @@ def cached_attention(
     return (out / weights.sum(-1, keepdims=True)).reshape(q.shape).astype(q.dtype)
 
 
-def _check(q, k, v, causal, window, implementation):
+def require_attention(implementation: str, dtype: Any) -> None:
+    """Raises UserError for an implementation that is unknown, or that cannot run here in this dtype."""
     if implementation not in ATTENTIONS:
         raise UserError(f"no attention {implementation!r}; there are {', '.join(ATTENTIONS)}.")
+    if implementation == "cudnn" and not _runs_cudnn(dtype):
+        raise UserError(
+            f"attention 'cudnn' needs a GPU and bfloat16, here are {jax.default_backend()} and {jnp.dtype(dtype)}: "
+            "take 'auto'."
+        )
+
+
+def _runs_cudnn(dtype: Any) -> bool:
+    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu"
+
+
+def _check(q, k, v, causal, window, implementation):
+    require_attention(implementation, q.dtype)
     fits = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
     if not fits or q.shape[2] % k.shape[2]:
         raise UserError(

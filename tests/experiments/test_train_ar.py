@@ -59,6 +59,7 @@ def old_run(tmp_path):
         ("train_ar", "--config.model.encoder.image=vitx14", "vits14"),
         ("train_ar", "--config.model.encoder.image=vits14", "--image_weights"),
         ("train_ar", "--config.model.attention=flash", "model.attention"),
+        ("train_ar", "--config.model.attention=cudnn", "needs a GPU and bfloat16"),
         ("train_ar", "--config.model.encoder.frozen", "experiments.encode_conditions"),
         ("train_ar", "--config.data.stride=100000", "stride"),
         ("train_ar", "--image_weights=nowhere.pth", "nowhere.pth"),
@@ -106,3 +107,13 @@ def test_few_people_are_not_held_out_but_for_two_and_that_is_said(forks, good_ro
     assert ended.code == 2, ended.err[-3000:]
     assert "data.held_out=1, but" in ended.err
     assert (out / "card.json").is_file()
+
+
+def test_a_loss_that_is_no_number_is_told_and_is_null_on_the_card(forks, good_root, tmp_path):
+    """Parameters of 1e16 are finite, and what the network makes of them is not."""
+    good, out = filled(SCRIPTS["train_ar"].good, good_root), tmp_path / "out"
+    far = ("--config.train.steps=1", "--config.train.learning_rate=1e16")
+    ended = forks.run("train_ar", *good, *far, f"--workdir={out}", where=out)
+    assert ended.code == 0, ended.err[-3000:]
+    assert "it has diverged; train it again with a lower --config.train.learning_rate" in ended.out
+    assert json.loads((out / "card.json").read_text())["model"]["loss"] is None

@@ -118,6 +118,8 @@ def test_bad_shapes_are_refused_in_words(rng):
         attention(q[:, :, :3], k, v)
     with pytest.raises(UserError, match="needs causal"):
         attention(q, k, v, window=3)
+    with pytest.raises(UserError, match=r"attention 'cudnn' needs a GPU and bfloat16, here are .* and float32"):
+        attention(q, k, v, implementation="cudnn")
     with pytest.raises(UserError, match="no attention 'flash'"):
         attention(q, k, v, implementation="flash")
 
