@@ -38,11 +38,15 @@ from pointillist_jax.files import UserError, require_writable
 from pointillist_jax.interrupts import unheard_by_children
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, in a script that takes it (`job.start_job`)."""
+
+
 def run(main: Callable[[], None]) -> None:
     """Parses absl flags and runs `main()`. What ends it early becomes one sentence on stderr and an exit code.
 
-    2 for errors the user can mend, 75 in a job whose other processes are lost (`peers`), 130 for Ctrl-C; 141 without a
-    word when nobody reads stdout any more.
+    2 for errors the user can mend, 75 in a job whose other processes are lost (`peers`), 130 for Ctrl-C, 0 for SIGTERM
+    in a training; 141 without a word when nobody reads stdout any more.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -63,10 +67,11 @@ def run(main: Callable[[], None]) -> None:
             main()
             sys.stdout.flush()
             said, code = "", 0
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             _admit_drawn_bars()
             go_on = "; go on with --resume" if "resume" in flags.FLAGS else ""
-            said, code = f"stopped by Ctrl-C{go_on}.", INTERRUPTED
+            by, code = ("SIGTERM", 0) if isinstance(error, Terminated) else ("Ctrl-C", INTERRUPTED)
+            said = f"stopped by {by}{go_on}."
         except Exception as error:
             if isinstance(error, BrokenPipeError) and _stdout_is_gone():
                 said, code = "", 128 + signal.SIGPIPE
@@ -77,7 +82,7 @@ def run(main: Callable[[], None]) -> None:
                 peers.wait_for_verdict()
                 raise
         # The frames of `main` are gone, and so are their progress bars, also those in cycles: their lines have ended.
-        if code:
+        if said:
             gc.collect()
         leave_at_interrupt()
         if said:
@@ -127,8 +132,8 @@ def sentence_of(error: Exception) -> str | None:
 
 def _unraisable(found: sys.UnraisableHookArgs) -> None:
     """Errors in destructors and in callbacks of compiled code, which Python can only print."""
-    if found.exc_type is KeyboardInterrupt:  # Ctrl-C must not be lost there: once more, at another place.
-        _send_again(signal.SIGINT)
+    if issubclass(found.exc_type, KeyboardInterrupt):  # Must not be lost there: once more, at another place.
+        _send_again(signal.SIGTERM if found.exc_type is Terminated else signal.SIGINT)
     # TensorStore reports every write that ends after a save has failed.
     elif not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
         sys.__unraisablehook__(found)
@@ -349,22 +354,19 @@ def open_shared_workdir(path: str | os.PathLike, made: Sequence[str], *, resume:
     return Path(path)
 
 
-def resume_check(config: Config, part: str, workdir: Path) -> Callable[[Mapping[str, Any]], None]:
-    """For `Checkpoints.restore`: refuses a checkpoint of another model, prints changed training settings in a line.
+def print_changes(meta: Mapping[str, Any], config: Config, part: str, workdir: Path) -> None:
+    """Says in a line which training settings differ from those of the checkpoint that a run goes on from.
 
     Args:
-      part: as of `training.same_model.check_same_model`.
+      meta, part: as of `training.same_model.check_same_model`.
     """
     import jax
 
     from pointillist_jax.training.same_model import check_same_model
 
-    def check(meta: Mapping[str, Any]) -> None:
-        changes = check_same_model(meta, config, part, str(workdir))
-        if changes and jax.process_index() == 0:
-            print(f"going on with other settings: {changes}", flush=True)
-
-    return check
+    changes = check_same_model(meta, config, part, str(workdir))
+    if changes and jax.process_index() == 0:
+        print(f"going on with other settings: {changes}", flush=True)
 
 
 def json_line(name: str, figures: Mapping[str, Any]) -> None:

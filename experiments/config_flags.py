@@ -35,6 +35,8 @@ def define_config(*parts: str, default: str = "tiny") -> Callable[[], Config]:
             if (value := flags.FLAGS[name].value) is not None:
                 if isinstance(value, float) and not math.isfinite(value):
                     raise UserError(f"--{name}={value} must be a finite number.")
+                if path.endswith("dtype") and value == "float64":
+                    _require_float64(name)
                 chosen = _replaced(chosen, path.split("."), value)
         return chosen
 
@@ -65,6 +67,13 @@ def _define(name: str, value: Any) -> None:
             flags.DEFINE_list(name, None, f"{said}, {len(value)} numbers with commas")
         case _:
             raise TypeError(f"{name} = {value!r}: a config field must be a bool, int, float, str or tuple of numbers")
+
+
+def _require_float64(name: str) -> None:
+    import jax
+
+    if not jax.config.jax_enable_x64:  # JAX would compute in float32 and only warn.
+        raise UserError(f"--{name}=float64 needs JAX's 64-bit mode: set JAX_ENABLE_X64=1, or leave the flag out.")
 
 
 def _replaced(config: Any, path: list[str], value: Any) -> Any:

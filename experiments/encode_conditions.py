@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from experiments.common import run
 from experiments.config_flags import define_config
+from experiments.encoder_weights import RANDOM_WEIGHTS, frozen_encoders
 from experiments.heads import named_head
 from pointillist_jax.configs import ModelConfig
-from pointillist_jax.convert import load_frozen_encoders
 from pointillist_jax.data.condition_features import (
     DTYPES,
     ConditionFeatures,
@@ -39,9 +39,6 @@ from pointillist_jax.models.condition import encode_features, feature_shapes
 from pointillist_jax.sharding import make_mesh, shard_batch
 
 STORE = flags.DEFINE_string("store", None, "The token store (experiments.tokenize); features are written into it.")
-IMAGE_WEIGHTS = flags.DEFINE_string("image_weights", None, "DINOv2's .pth or .safetensors.")
-POINT_WEIGHTS = flags.DEFINE_string("point_weights", None, "Michelangelo's .ckpt.")
-RANDOM_WEIGHTS = flags.DEFINE_boolean("random_weights", False, "Random encoders in their place, to try things out.")
 DTYPE = flags.DEFINE_enum("dtype", "float16", DTYPES, "Of the stored features.")
 BATCH = flags.DEFINE_integer("batch_size", 4, "Subjects per device and pass.", lower_bound=1)
 FLAME = flags.DEFINE_string("flame", None, "Your FLAME .pkl, if the store was made with it.")
@@ -59,8 +56,7 @@ def main() -> None:
     head = named_head(store.spec.flame_source, store.spec.flame_sha256, STORE.value, FLAME.value)
     model = CONFIG().model
     model = dataclasses.replace(model, encoder=dataclasses.replace(model.encoder, frozen=True))
-    seed = SEED.value if RANDOM_WEIGHTS.value else None
-    encoders = load_frozen_encoders(model, IMAGE_WEIGHTS.value, POINT_WEIGHTS.value, random_seed=seed)
+    encoders = frozen_encoders(model, SEED.value)
     if RANDOM_WEIGHTS.value:
         print("warning: the encoders are random and see nothing; give --image_weights and --point_weights.")
     spec = FeatureSpec(feature_kind(model.encoder), feature_shapes(model), encoders.weights, DTYPE.value)

@@ -91,14 +91,19 @@ def main() -> None:
         print(f"nothing to do: there are fewer subjects than shards, and --shard={SHARD.value} has none.")
         return
     prepare(jobs)
-    waiting = [job for job in jobs if not is_done(job)]
+    waiting = [job for job in jobs if OVERWRITE.value or not is_done(job)]
     if len(waiting) < len(jobs):
         print(f"{len(jobs) - len(waiting)} of {len(jobs)} fits are done already")
     unusable = check_captures(waiting)
     failed = [(job.name, unusable[job.capture]) for job in waiting if job.capture in unusable]
-    failed += fit_all([job for job in waiting if job.capture not in unusable])
+    waiting = [job for job in waiting if job.capture not in unusable]
+    if OVERWRITE.value:  # Last: a fit that another cannot take the place of stays.
+        for folder in (Path(job.folder) for job in waiting):
+            if folder.exists():
+                shutil.rmtree(folder)
+    failed += fit_all(waiting)
 
-    done = [job for job in jobs if is_done(job)]
+    done = [job for job in jobs if is_done(job) and not (OVERWRITE.value and job.capture in unusable)]
     for job in done:  # What a kill after the report left.
         remove_rests(Path(job.folder))
         (Path(job.folder) / "checkpoint.npz").unlink(missing_ok=True)
@@ -166,10 +171,10 @@ def prepare(jobs: list[Job]) -> None:
         if not folder.is_dir() or not all(_is_ours(path.name) for path in folder.iterdir()):
             raise UserError(f"{folder} holds something that is no fit; choose another --workdir.")
         if OVERWRITE.value:
-            shutil.rmtree(folder)
-        elif any(folder.iterdir()) and not RESUME.value:
+            continue
+        if any(folder.iterdir()) and not RESUME.value:
             raise UserError(f"{folder} is not empty; give --resume to continue it or --overwrite to start anew.")
-        elif is_done(job):
+        if is_done(job):
             done = read_report(job)
             if not _same_head(done, job):
                 raise UserError(
@@ -244,16 +249,19 @@ def remove_rests(folder: Path) -> None:
 def check_captures(jobs: list[Job]) -> dict[str, str]:
     """Of several captures those that cannot be fitted, and why, said before hours go into the first.
 
-    They are read again when their turn comes, which is little beside a fit; a lone one is checked only then.
+    They are read again when their turn comes, which is little beside a fit; a lone one is checked only then, unless
+    --overwrite is about to delete its fit.
     """
+    from pointillist_jax.fitting.fit import require_fittable
+
     captures = {job.capture: job for job in jobs}
-    if len(captures) < 2:
+    if len(captures) < 2 and not (OVERWRITE.value and any(Path(job.folder).exists() for job in jobs)):
         return {}
     unusable = {}
     with tqdm(captures.items(), desc="checking captures", unit="capture", leave=False) as bar:
         for capture, job in bar:
             try:
-                load_data(job)
+                require_fittable(*load_data(job), job.config)
             except (UserError, FileNotFoundError) as error:
                 unusable[capture] = str(error)
     if unusable:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
-from experiments.common import open_shared_workdir
+from experiments.common import Terminated, open_shared_workdir
 from pointillist_jax.sharding import start_processes
+from pointillist_jax.training.checkpoints import newest_step
 
 SEED = flags.DEFINE_integer("seed", 0, "Of the initial parameters and the order of batches.", lower_bound=0)
 MESH = flags.DEFINE_string("mesh", "", "Sizes of data, fsdp, tensor, context; data takes what is left.")
@@ -24,10 +27,28 @@ _LOST_AFTER = flags.DEFINE_integer(
 
 
 def start_job() -> None:
-    """Joins the other processes of the job, if there are any; to be called before anything touches a device."""
+    """Joins the other processes of the job, if there are any; to be called before anything touches a device.
+
+    From here on SIGTERM ends a lone process as a scheduler expects it: with a sentence and exit code 0. While there are
+    steps to save, `training.loop.train` hears it.
+    """
     start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _LOST_AFTER.value)
+    if not _COORDINATOR.value and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
 
 
 def open_job(workdir: str | Path, outputs: Sequence[str]) -> Path:
     """The run's folder, opened once for all processes by --resume and --overwrite (`common.open_shared_workdir`)."""
     return open_shared_workdir(Path(workdir), outputs, resume=_RESUME.value, overwrite=_OVERWRITE.value)
+
+
+def goes_on(workdir: str | Path) -> bool:
+    """Whether --resume finds a checkpoint there, so that nothing is initialised."""
+    try:
+        return _RESUME.value and newest_step(workdir) >= 0
+    except FileNotFoundError:
+        return False
+
+
+def _terminate(_number: int, _frame: object) -> None:
+    raise Terminated

@@ -2,12 +2,14 @@
 
     python -m experiments.train_ar --config=tiny --store=outputs/tokens --workdir=outputs/ar [--resume|--overwrite]
        [--config.train.steps=2000 …] [--mesh=data:2,fsdp:4] [--profile=20:22]
+       [--image_weights=dinov2_vits14_reg4_pretrain.pth] [--point_weights=shapevae-256.ckpt]
 
 Several processes: start the same command once per process with --coordinator=<host:port of process 0>
 --num_processes=N --process_id=i, or --coordinator=auto under SLURM, Kubernetes or Open MPI.
 
 With frozen encoders (config.model.encoder.frozen, preset `paper`) it reads the features that the script
-experiments.encode_conditions has put into the store.
+experiments.encode_conditions has put into the store. Published encoders that are trained along begin with the weights
+that --image_weights and --point_weights name.
 
 Writes checkpoints/, metrics.jsonl, tensorboard/, card.json and curve.png. SIGTERM and Ctrl-C save and stop, with exit
 code 0 and 130; --resume goes on from the newest checkpoint, on the same mesh bit for bit. At the end the loss on
@@ -21,7 +23,9 @@ import functools
 import json
 import operator
 import re
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +33,11 @@ import jax
 from absl import flags
 
 from experiments.charts import line_chart
-from experiments.common import end_stopped, refuse_flags, resume_check, run
+from experiments.common import end_stopped, print_changes, refuse_flags, run
 from experiments.config_flags import define_config
+from experiments.encoder_weights import first_encoders
 from experiments.heads import named_head
-from experiments.job import MESH, SEED, open_job, start_job
+from experiments.job import MESH, SEED, goes_on, open_job, start_job
 from experiments.media import write_image
 from pointillist_jax.configs import Config
 from pointillist_jax.data.condition_features import feature_kind, open_features
@@ -42,13 +47,24 @@ from pointillist_jax.evaluation.token_baselines import MEAN_HEAD_STAGES, fit_his
 from pointillist_jax.files import UserError, atomic_path
 from pointillist_jax.flame import FlameModel
 from pointillist_jax.flops import device_peak, training_flops, transformer_flops
+from pointillist_jax.models.attention import require_attention
 from pointillist_jax.models.condition import context_length, feature_shapes
-from pointillist_jax.sharding import batch_share, make_mesh
+from pointillist_jax.sharding import batch_share, make_mesh, require_share
 from pointillist_jax.training import ar
 from pointillist_jax.training.checkpoints import Checkpoints
 from pointillist_jax.training.loop import resume_or_init, train
 from pointillist_jax.training.metric_log import read_metrics
-from pointillist_jax.training.state import TrainState, jit_step, make_optimizer, make_schedule, train_step
+from pointillist_jax.training.same_model import check_same_model
+from pointillist_jax.training.state import (
+    Params,
+    TrainState,
+    abstract_state,
+    begin_with,
+    jit_step,
+    make_optimizer,
+    make_schedule,
+    train_step,
+)
 
 STORE = flags.DEFINE_string("store", None, "The token store (experiments.tokenize).")
 WORKDIR = flags.DEFINE_string("workdir", "outputs/ar", "Where the run goes.")
@@ -70,9 +86,18 @@ def main() -> None:
     store = open_store(STORE.value)
     head = named_head(store.spec.flame_source, store.spec.flame_sha256, STORE.value, FLAME.value)
     config = with_store(CONFIG(), store)
-    profile = _profile(PROFILE.value, config.train.steps)
-    workdir = open_job(WORKDIR.value, OUTPUTS)
-    state, stopped, held_out = train_ar(store, head, config, workdir, seed=SEED.value, mesh=MESH.value, profile=profile)
+    profile, workdir = _profile(PROFILE.value, config.train.steps), Path(WORKDIR.value)
+    state, stopped, held_out = train_ar(
+        store,
+        head,
+        config,
+        workdir,
+        seed=SEED.value,
+        mesh=MESH.value,
+        profile=profile,
+        encoders={} if goes_on(workdir) else first_encoders(config.model),
+        open_workdir=lambda: open_job(workdir, OUTPUTS),
+    )
     if jax.process_index():
         return
     if stopped:
@@ -121,8 +146,14 @@ def train_ar(
     mesh: str = "",
     profile: tuple[int, int] | None = None,
     bar: bool = True,
+    encoders: Params | None = None,
+    open_workdir: Callable[[], Any] = lambda: None,
 ) -> tuple[TrainState, str | None, tuple[str, ...]]:
     """Trains, or goes on with what lies in `workdir`. Returns the state, what stopped it early, held-out subjects.
+
+    Args:
+      encoders: parameters that a new run begins with (`encoder_weights.first_encoders`).
+      open_workdir: called when everything is checked, before `workdir` is touched: it may delete what lies there.
 
     Raises:
       UserError: frozen encoders without stored features, a checkpoint of another model in `workdir`, and what
@@ -130,7 +161,10 @@ def train_ar(
     """
     model, data, settings = config.model, config.data, config.train
     devices = make_mesh(mesh)
-    training, held_out = split_subjects(store.subjects, min(data.held_out, len(store) - 1), data.split_seed)
+    require_share(settings.batch_size, devices)
+    data = dataclasses.replace(data, held_out=_held_out(store, data.held_out))
+    config = dataclasses.replace(config, data=data)
+    training, held_out = split_subjects(store.subjects, data.held_out, data.split_seed)
     features = None
     if model.encoder.frozen:
         features = open_features(store, feature_kind(model.encoder), feature_shapes(model))
@@ -167,18 +201,27 @@ def train_ar(
             **window,
         )
 
-    names = ("", "exchanged") if len(held_out) > 1 else ("",)
+    names = (("", "exchanged") if len(held_out) > 1 else ("",)) if held_out else ()
+    for name in names:
+        evaluation_batches(name)  # Raises what held-out subjects lack, before hours of training.
     evaluate = ar.make_evaluation(ar.make_loss(model, head), devices, evaluation_batches, names) if held_out else None
     loss_fn = ar.make_loss(model, head, settings.z_loss)
     meta = {"config": dataclasses.asdict(config), "store": store.spec.to_json(), "seed": seed}
     meta["features"] = features.spec.to_json() if features else None
     optimizer, init = make_optimizer(settings), ar.init_params(model)
     step = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=settings)
-    peak = device_peak(jax.devices()[0].device_kind)
+    peak, key = device_peak(jax.devices()[0].device_kind), jax.random.PRNGKey(seed)
+    # Both raise what would else fail behind `open_workdir`: sizes that the mesh does not divide, an attention.
+    abstract_state(init, optimizer, settings, key, devices)
+    require_attention(model.attention, model.dtype)
+    open_workdir()
     with Checkpoints(workdir, settings.keep) as checkpoints:
-        key = jax.random.PRNGKey(seed)
-        check = resume_check(config, "model", workdir)
-        state, _ = resume_or_init(checkpoints, init, optimizer, settings, key, devices, stream, check)
+        check = functools.partial(check_same_model, config=config, part="model", where=str(workdir))
+        state, saved = resume_or_init(checkpoints, init, optimizer, settings, key, devices, stream, check)
+        if saved is not None:
+            print_changes(saved, config, "model", workdir)
+        elif encoders:
+            state = begin_with(state, state.params | {"condition": state.params["condition"] | encoders})
         state, stopped = train(
             state,
             jit_step(step, state),
@@ -209,7 +252,10 @@ def summarize(workdir: Path, store: TokenStore, config: Config, held_out: tuple[
     summary: dict[str, Any] = {"steps": lines[-1]["step"], "held_out": list(held_out), "unit": "nats per token"}
     if evaluations:
         last = evaluations[-1]
-        by_name = {k.removeprefix("eval_"): round(v, 4) for k, v in last.items() if k.startswith("eval_")}
+        # Null where a loss was no number.
+        by_name = {
+            k.removeprefix("eval_"): v if v is None else round(v, 4) for k, v in last.items() if k.startswith("eval_")
+        }
         summary["model"] = {k: v for k, v in by_name.items() if not k.startswith("exchanged_")}
         if "exchanged_loss" in by_name:
             summary["conditions_exchanged"] = {
@@ -224,7 +270,7 @@ def summarize(workdir: Path, store: TokenStore, config: Config, held_out: tuple[
         path.write_text(json.dumps(summary, indent=1) + "\n")
     series = {
         "training": [(line["step"], line["loss"]) for line in lines if "loss" in line],
-        "held out": [(line["step"], line["eval_loss"]) for line in evaluations],
+        "held out": [(line["step"], line["eval_loss"]) for line in evaluations if line["eval_loss"] is not None],
     }
     levels = {
         name: summary[key]["loss"]
@@ -245,9 +291,32 @@ def print_summary(summary: dict[str, Any]) -> None:
     print(f"\nheld-out subjects ({len(summary['held_out'])}), nats per token after {summary['steps']} steps:")
     print(f"  {'':<22}{'all':>8}" + "".join(f"{slot:>8}" for slot in "xyzb"))
     for name, scores in rows:
-        values = [scores.get("loss"), *(scores.get(f"loss_{slot}") for slot in "xyzb")]
-        cells = "".join(f"{v:>8.3f}" if v is not None else " " * 8 for v in values)
+        values = [scores.get(key, "") for key in ("loss", *(f"loss_{slot}" for slot in "xyzb"))]
+        cells = "".join(f"{v:>8.3f}" if isinstance(v, float) else f"{'nan' if v is None else v:>8}" for v in values)
         print(f"  {name.replace('_', ' '):<22}{cells}")
+    if "model" in summary and summary["model"].get("loss") is None:
+        print(
+            "the model's loss is no number: it has diverged; train it again with a lower --config.train.learning_rate."
+        )
+
+
+def _held_out(store: TokenStore, asked: int) -> int:
+    """How many subjects are held out: `asked`, or as many as leave two to train on, which is said then."""
+    people = len(store)
+    if people - asked >= 2 or asked == 0:
+        return asked
+    if people < 2:
+        raise UserError(
+            f"data.held_out={asked}, but {store.path} has one subject: tokenise more, or train on it with "
+            "--config.data.held_out=0."
+        )
+    if not jax.process_index():
+        print(
+            f"warning: {store.path} has {people} subjects and data.held_out={asked}: {people - 2} are held out and 2 "
+            "train; give --config.data.held_out.",
+            file=sys.stderr,
+        )  # fmt: skip
+    return people - 2
 
 
 def _profile(text: str, steps: int) -> tuple[int, int] | None:

@@ -17,6 +17,7 @@ for bit.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import time
@@ -30,7 +31,7 @@ import numpy as np
 from absl import flags
 
 from experiments.charts import line_chart
-from experiments.common import end_stopped, refuse_flags, resume_check, run
+from experiments.common import end_stopped, print_changes, refuse_flags, run
 from experiments.config_flags import define_config
 from experiments.heads import named_head
 from experiments.job import MESH, SEED, open_job, start_job
@@ -47,12 +48,14 @@ from pointillist_jax.data.template_space import placement
 from pointillist_jax.data.token_store import open_store, spec_difference
 from pointillist_jax.files import UserError, atomic_path
 from pointillist_jax.flame import FlameModel
-from pointillist_jax.sharding import batch_share, make_mesh
+from pointillist_jax.models.attention import require_attention
+from pointillist_jax.sharding import batch_share, make_mesh, require_share
 from pointillist_jax.training import decoder
 from pointillist_jax.training.checkpoints import Checkpoints, load_params, model_kind
 from pointillist_jax.training.loop import resume_or_init, train
 from pointillist_jax.training.metric_log import read_metrics
-from pointillist_jax.training.state import TrainState, make_optimizer, make_schedule
+from pointillist_jax.training.same_model import check_same_model
+from pointillist_jax.training.state import TrainState, abstract_state, begin_with, make_optimizer, make_schedule
 
 FEATURES = flags.DEFINE_string("features", None, "Point features (experiments.extract_features).")
 CAPTURES = flags.DEFINE_string("captures", None, "Folder of captures of the same subjects.")
@@ -119,13 +122,15 @@ def main() -> None:
     check_flags(config)
     variants = chosen_variants() if COMPARE.value else {"": {}}
     data = load_data(config)
-    workdir = open_job(WORKDIR.value, OUTPUTS)
+    workdir, opened = Path(WORKDIR.value), functools.cache(lambda: open_job(WORKDIR.value, OUTPUTS))
     table: dict[str, Any] = {}
     for name, change in variants.items():
         if name:
             print(f"\n{name}:", flush=True)
         chosen = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, **change))
-        state, stopped = train_decoder(data, chosen, workdir / name, seed=SEED.value, mesh=MESH.value)
+        state, stopped = train_decoder(
+            data, chosen, workdir / name, seed=SEED.value, mesh=MESH.value, init_from=INIT.value, open_workdir=opened
+        )
         if stopped:
             if not jax.process_index():
                 print_table(table, data, config.decoder.eval_people)
@@ -221,14 +226,28 @@ def make_contexts(names: tuple[str, ...], features: FeatureSet, config: DecoderC
 
 
 def train_decoder(
-    data: Data, config: Config, workdir: Path, *, seed: int = 0, mesh: str = "", bar: bool = True
+    data: Data,
+    config: Config,
+    workdir: Path,
+    *,
+    seed: int = 0,
+    mesh: str = "",
+    bar: bool = True,
+    init_from: str | None = None,
+    open_workdir: Callable[[], Any] = lambda: None,
 ) -> tuple[TrainState, str | None]:
-    """Trains, or goes on with what lies in `workdir`. Returns the state and what stopped it early."""
+    """Trains, or goes on with what lies in `workdir`. Returns the state and what stopped it early.
+
+    Args:
+      init_from: a run whose parameters a new one begins with.
+      open_workdir: called when everything is checked, before `workdir` is touched: it may delete what lies there.
+    """
     spec = data.features.spec
     context_tokens = len(next(iter(data.contexts.values()))) if data.contexts else 0
     settings = config.decoder.for_features(spec.store.tokenizer, spec.width, spec.store.space, context_tokens)
     config = dataclasses.replace(config, decoder=settings)
     run_, devices = settings.train, make_mesh(mesh)
+    require_share(run_.batch_size, devices)
     if data.lpips is None and settings.lambda_lpips and not jax.process_index():
         print("LPIPS is off: no VGG16 weights (--vgg=vgg16-397923af.pth); the loss is L1, SSIM and the offsets'")
     everyone = (*data.training, *data.held_out)
@@ -271,7 +290,12 @@ def train_decoder(
         "seed": seed,
         "capacity": decoder.first_capacity(shared["max_points"], width, height),
     }
-    same_model = resume_check(config, "decoder", workdir)
+    key = jax.random.PRNGKey(seed)
+    # Both raise what would else fail behind `open_workdir`: sizes that the mesh does not divide, an attention.
+    require_attention(settings.attention, settings.dtype)
+    abstract, _ = abstract_state(init, optimizer, run_, key, devices)
+    initial = None if init_from is None else initial_params(abstract.params, init_from)
+    open_workdir()
 
     def check(saved: dict[str, Any]) -> None:
         if saved["features"] != json.loads(json.dumps(meta["features"])):
@@ -279,15 +303,14 @@ def train_decoder(
                 f"{workdir} was trained on other features than {data.features.path} (another AR checkpoint, store "
                 "or sampling); give it those, or start anew with --overwrite."
             )
-        same_model(saved)
+        check_same_model(saved, config, "decoder", str(workdir))
 
     with Checkpoints(workdir, run_.keep) as checkpoints:
-        key = jax.random.PRNGKey(seed)
         state, saved = resume_or_init(checkpoints, init, optimizer, run_, key, devices, stream, check)
-        if saved is None and INIT.value:
-            params = initial_params(state.params, INIT.value)
-            state = state.replace(params=params, ema=state.ema and jax.tree.map(jax.numpy.copy, params))
+        if saved is None and initial is not None:
+            state = begin_with(state, initial)
         if saved is not None:
+            print_changes(saved, config, "decoder", workdir)
             meta["capacity"] = int(saved["capacity"])
             if not jax.process_index():
                 print(f"going on from step {int(state.step)}", flush=True)
@@ -310,7 +333,7 @@ def train_decoder(
             checkpoints=checkpoints,
             meta=meta,
             schedule=make_schedule(run_),
-            evaluate=lambda params: evaluation(params, few, strips),
+            evaluate=lambda params, stopped: evaluation(params, few, strips, stopped=stopped),
             describe=lambda batch: "subjects " + ", ".join(source.subjects[i] for i in sorted(set(batch["subject"]))),
             bar=bar,
             flags="config.decoder.train",
@@ -325,7 +348,7 @@ def train_decoder(
 
 
 def initial_params(fresh: Any, path: str) -> Any:
-    """The parameters of another run, laid out as `fresh`. Raises UserError where they are those of another decoder."""
+    """The parameters of another run. Raises UserError where their shapes, or their kind, are not those of `fresh`."""
     found, meta = load_params(path)
     if model_kind(meta, path) != "decoder":
         raise UserError(f"--init={path} holds no decoder: name a run of experiments.train_decoder.")
@@ -339,7 +362,7 @@ def initial_params(fresh: Any, path: str) -> Any:
         raise UserError(
             f"--init={path} is another decoder: {name} has shape {theirs.get(name)}, here {mine.get(name)}."
         )
-    return jax.tree.map(lambda new, old: jax.device_put(np.asarray(new, old.dtype), old.sharding), found, fresh)
+    return found
 
 
 def largest_cloud(clouds, captures) -> int:

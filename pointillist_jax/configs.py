@@ -16,6 +16,10 @@ from pointillist_jax.tokens import DEFAULT_LOWER, DEFAULT_UPPER, PointTokenizer
 
 # Numbers that `DecoderConfig.context_colors` adds to a token: RGB of 2 × 2 quarters of a patch.
 PATCH_COLORS = 12
+# Published image encoders (`models.image_encoder`); "tiny" is ours.
+DINOV2 = tuple(f"{size}{suffix}" for size in ("vits14", "vitb14", "vitl14", "vitg14") for suffix in ("", "_reg"))
+# Implementations of attention (`models.attention`).
+ATTENTIONS = ("auto", "cudnn", "chunked", "xla")
 
 
 def _one_of(config: Any, path: str, choices: dict[str, tuple[str, ...]]) -> None:
@@ -167,6 +171,7 @@ class DataConfig:
     def __post_init__(self):
         low = {"bins": 2, "portrait_size": 1, "subjects_per_shard": 1, "stride": 0, "held_out": 0}
         _at_least(self, "data", **low, num_workers=0, num_threads=0, prefetch=0)
+        _one_of(self, "data", {"out_of_bounds": ("error", "clip"), "space": ("identity", "template")})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,15 +212,16 @@ class TrainConfig:
     def __post_init__(self):
         _one_of(self, "train", {"schedule": ("constant", "cosine")})
         low = {"steps": 1, "batch_size": 1, "warmup_steps": 0, "accumulate": 1, "log_every": 1, "eval_every": 0}
-        low |= {"checkpoint_every": 1, "keep": 1, "learning_rate": 0, "weight_decay": 0, "clip_norm": 0, "ema_decay": 0}
+        low |= {"checkpoint_every": 1, "keep": 1, "learning_rate": 0, "weight_decay": 0, "clip_norm": 0}
         low |= {"z_loss": 0}
         _at_least(self, "train", **low)
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"train.batch_size={self.batch_size} does not divide into train.accumulate={self.accumulate} parts."
             )
-        if not self.ema_decay < 1:
-            raise UserError(f"train.ema_decay={self.ema_decay} must lie below 1.")
+        for name in ("b1", "b2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:  # A mean whose memory never ends is 0 / 0 at the first step.
+                raise UserError(f"train.{name}={getattr(self, name)} must be at least 0 and below 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +245,7 @@ class EncoderConfig:
     def __post_init__(self):
         if self.image_size < 14 or self.image_size % 14:
             raise UserError(f"model.encoder.image_size={self.image_size} must be a positive multiple of 14.")
+        _one_of(self, "model.encoder", {"image": ("tiny", *DINOV2), "points": ("tiny", "michelangelo")})
         _at_least(self, "model.encoder", num_points=1)
 
 
@@ -306,6 +313,7 @@ class ModelConfig:
             "loss_support": ("vocab", "slot"),
             "step": ("token", "point"),
             "remat": ("none", "dots", "attention", "full"),
+            "attention": ATTENTIONS,
             "dtype": ("float32", "bfloat16", "float64"),
         }
         _one_of(self, "model", choices)
@@ -414,6 +422,7 @@ class DecoderConfig:
             "points": ("ar", "flame_vertices"),
             "space": ("identity", "template"),
             "remat": ("none", "full"),
+            "attention": ATTENTIONS,
             "dtype": ("float32", "bfloat16", "float64"),
         }
         _one_of(self, "decoder", choices)

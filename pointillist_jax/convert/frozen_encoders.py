@@ -72,10 +72,7 @@ def load_frozen_encoders(
                 f"the encoders {config.encoder.image} and {config.encoder.points} are frozen and need their weights: "
                 "give --image_weights=<DINOv2's .pth or .safetensors> and --point_weights=<Michelangelo's .ckpt>."
             )
-        params = {
-            "image_encoder": dinov2_from_torch(load_torch_file(image_weights), image_encoder(config.encoder)),
-            "point_encoder": point_encoder_from_torch(load_torch_file(point_weights), point_encoder(config.encoder)),
-        }
+        params = load_encoders(config, image_weights, point_weights)
         weights = {"image": _sha256(params["image_encoder"]), "points": _sha256(params["point_encoder"])}
     for name, path in (("image", image_weights), ("points", point_weights)):
         if name in expected and weights[name] != expected[name]:
@@ -84,6 +81,26 @@ def load_frozen_encoders(
                 f"{path or 'random ones'} ({weights[name][:16]}…): give the file it was trained with."
             )
     return FrozenEncoders(params, weights)
+
+
+def load_encoders(
+    config: ModelConfig,
+    image_weights: str | os.PathLike | None = None,
+    point_weights: str | os.PathLike | None = None,
+) -> dict[str, Any]:
+    """Parameters of those encoders of `config.encoder` that have a file: `image_encoder`, `point_encoder` or both.
+
+    Raises:
+      FileNotFoundError, UserError: a file is missing, damaged or of another encoder.
+    """
+    params = {}
+    if image_weights is not None:
+        params["image_encoder"] = dinov2_from_torch(load_torch_file(image_weights), image_encoder(config.encoder))
+    if point_weights is not None:
+        params["point_encoder"] = point_encoder_from_torch(
+            load_torch_file(point_weights), point_encoder(config.encoder)
+        )
+    return params
 
 
 def _random_seed(weights: Mapping[str, str]) -> int | None:

@@ -80,11 +80,7 @@ def fit(
     Raises:
       UserError: data that cannot be fitted, a configuration that cannot run, a checkpoint of something else.
     """
-    data.check(model)
-    schedule.check(config, model.num_faces)
-    train = data.splits["train"]
-    if config.views_per_step > 1 and len(np.unique(train.sizes, axis=0)) > 1:
-        raise UserError(f"{data.subject} has images of different sizes; set fit.views_per_step=1 or resize the images.")
+    require_fittable(data, model, config)
     scene = make_scene(model, data.params, config.finetune_flame)
     run = _Run(data, model, config, scene)
     # Both open heads lie in one file: its sha256 alone does not tell them apart.
@@ -101,6 +97,15 @@ def fit(
     return FitResult(
         gaussians(run.state), flame_params(run.state, data.params), run.state, scene, run.history, run.capacity
     )
+
+
+def require_fittable(data: FitData, model: FlameModel, config: FitConfig) -> None:
+    """Raises UserError for data that cannot be fitted, and for a configuration that cannot run."""
+    data.check(model)
+    schedule.check(config, model.num_faces)
+    train = data.splits["train"]
+    if config.views_per_step > 1 and len(np.unique(train.sizes, axis=0)) > 1:
+        raise UserError(f"{data.subject} has images of different sizes; set fit.views_per_step=1 or resize the images.")
 
 
 class _Run:

@@ -15,12 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pointillist_jax.configs import ATTENTIONS
 from pointillist_jax.files import UserError
 from pointillist_jax.models.chunked_attention import MASKED, accumulator, chunked_attention
 from pointillist_jax.sharding import constrain, logical_spec, parts_of
 from renderer_bridge.varying import axes_of, vary
-
-IMPLEMENTATIONS = ("auto", "cudnn", "chunked", "xla")
 
 
 def attention(
@@ -52,14 +51,8 @@ def attention(
     _check(q, k, v, causal, window, implementation)
     if window is not None and window >= k.shape[1]:
         window = None
-    cudnn_runs = q.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu"
     if implementation == "auto":
-        implementation = "cudnn" if cudnn_runs else "chunked"
-    if implementation == "cudnn" and not cudnn_runs:
-        raise UserError(
-            f"attention 'cudnn' needs a CUDA device and bfloat16 or float16, not {q.dtype} on {jax.default_backend()}; "
-            "take 'auto' or 'chunked'."
-        )
+        implementation = "cudnn" if _runs_cudnn(q.dtype) else "chunked"
     with jax.named_scope(f"attention_{implementation}"):
         if implementation == "cudnn":
             # Lengths, never a mask: cuDNN takes a mask as a dense T×S bias.
@@ -125,9 +118,23 @@ def cached_attention(
     return (out / weights.sum(-1, keepdims=True)).reshape(q.shape).astype(q.dtype)
 
 
+def require_attention(implementation: str, dtype: Any) -> None:
+    """Raises UserError for an implementation that is unknown, or that cannot run here in this dtype."""
+    if implementation not in ATTENTIONS:
+        raise UserError(f"no attention {implementation!r}; there are {', '.join(ATTENTIONS)}.")
+    if implementation == "cudnn" and not _runs_cudnn(dtype):
+        raise UserError(
+            f"attention 'cudnn' needs a GPU and bfloat16, here are {jax.default_backend()} and {jnp.dtype(dtype)}: "
+            "take 'auto'."
+        )
+
+
+def _runs_cudnn(dtype: Any) -> bool:
+    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu"
+
+
 def _check(q, k, v, causal, window, implementation):
-    if implementation not in IMPLEMENTATIONS:
-        raise UserError(f"no attention {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}.")
+    require_attention(implementation, q.dtype)
     fits = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
     if not fits or q.shape[2] % k.shape[2]:
         raise UserError(

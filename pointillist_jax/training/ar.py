@@ -110,8 +110,8 @@ def window_loss(
 
 def make_evaluation(
     loss_fn: LossFn, mesh: Mesh, batches: Callable[[], Iterable[Mapping[str, Any]]], names: tuple[str, ...] = ("",)
-) -> Callable[[Params], dict[str, float]]:
-    """A function from parameters to mean losses over finite streams of batches.
+) -> Callable[..., dict[str, float] | None]:
+    """A function from parameters to mean losses over finite streams of batches; of `training.loop.Evaluate`.
 
     Args:
       loss_fn: from `make_loss`, without z-loss.
@@ -124,11 +124,13 @@ def make_evaluation(
         _, weight, extra = loss_fn(params, batch, jnp.zeros(2, jnp.uint32))
         return extra | {"tokens": (weight, jnp.ones((), weight.dtype))}
 
-    def evaluate(params: Params) -> dict[str, float]:
+    def evaluate(params: Params, stopped: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
         found = {}
         for name in names:
             totals: dict[str, np.ndarray] = {}
             for batch in batches(name):
+                if stopped():
+                    return None
                 with jax.set_mesh(mesh):
                     part = jax.tree.map(np.asarray, sums(params, shard_batch(dict(batch), mesh)))
                 for key, (value, count) in part.items():

@@ -117,7 +117,8 @@ class Checkpoints:
           check: is given the checkpoint's meta first, and raises UserError if this run must not go on from it.
 
         Raises:
-          UserError: none of the checkpoints there can be read into this state, or what `check` raises.
+          UserError: none of the checkpoints there can be read into this state, the data are others, or what `check`
+            raises.
         """
         problems = []
         for step in reversed(self.steps):
@@ -129,8 +130,15 @@ class Checkpoints:
             if check is not None:
                 check(texts["meta"])
             try:
-                state = self._restore(step, abstract, sums)
                 data.set_state(texts["data"])
+            except Exception as error:
+                # What its checksum vouches for is no damage, and older checkpoints are of the same data.
+                if sums is not None and isinstance(error, UserError):
+                    raise UserError(f"{self.folder} belongs to other data: {error}") from None
+                problems.append(self._skip(step, error))
+                continue
+            try:
+                state = self._restore(step, abstract, sums)
             except Exception as error:
                 problems.append(self._skip(step, error))
                 continue
@@ -141,8 +149,8 @@ class Checkpoints:
             return state, texts["meta"]
         if problems:
             raise UserError(
-                f"none of the {len(problems)} checkpoints in {self.folder} fits this run ({problems[0]}): resume with "
-                "the config they were made with, or start again with --overwrite."
+                f"none of the {len(problems)} checkpoints in {self.folder} fits this run ({problems[0].rstrip('.')}): "
+                "resume with the config they were made with, or start again with --overwrite."
             )
         return None
 

@@ -264,7 +264,8 @@ class Evaluation:
         strips: Callable[[str, list[ShownView]], None] | None = None,
         num_strips: int = 6,
         bar: bool = False,
-    ) -> dict[str, float]:
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> dict[str, float] | None:
         """Means over the views of each stream.
 
         Args:
@@ -272,15 +273,18 @@ class Evaluation:
           strips: gets a stream's name and its first pictures, one of each record of this process's.
           num_strips: at most so many.
           bar: show progress.
+          stopped: asked before every batch.
 
         Returns:
-          {"<stream>_psnr": dB, "<stream>_ssim": …, "<stream>_l1", "<stream>_lpips"}.
+          {"<stream>_psnr": dB, "<stream>_ssim": …, "<stream>_l1", "<stream>_lpips"}; None once `stopped()`.
         """
         found = {}
         for name, stream in streams.items():
             totals: dict[str, np.ndarray] = {}
             pictures: list[ShownView] = []
             for batch in tqdm(stream(), desc=f"score {name}", unit="batch", disable=not bar):
+                if stopped():
+                    return None
                 batch = dict(batch)
                 with jax.set_mesh(self._mesh):
                     arrays = shard_batch(batch, self._mesh)

@@ -4,7 +4,8 @@ Resume order, which `resume_or_init` and `train` keep:
   1. abstract state with this run's shardings, and a fresh data iterator;
   2. the newest checkpoint that can be read goes into both, unless its meta is refused (`same_model`); without any, a
      new state is initialised on the mesh;
-  3. metric lines after that step are dropped; the loop goes on with the next batch.
+  3. metric lines after that step are dropped; an evaluation that was due there and that a signal or a kill has cut
+     short is made; the loop goes on with the next batch.
 On the same mesh the continued run equals the uninterrupted one bit for bit.
 """
 
@@ -31,10 +32,12 @@ from pointillist_jax.training.metric_log import MetricLog
 from pointillist_jax.training.state import Key, TrainState, abstract_state, init_state
 
 StepFn = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
+# (parameters, stopped) → metrics, or None where `stopped()`, which it asks between batches, became true.
+Evaluate = Callable[[Any, Callable[[], bool]], Mapping[str, float] | None]
 
 
 class TrainingDiverged(UserError):
-    """The loss or a gradient became NaN or infinite."""
+    """The loss, a gradient or a parameter became NaN or infinite."""
 
 
 def resume_or_init(
@@ -67,7 +70,7 @@ def train(
     checkpoints: Checkpoints,
     meta: dict[str, Any],
     schedule: optax.Schedule | None = None,
-    evaluate: Callable[[Any], Mapping[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
     describe: Callable[[Mapping[str, np.ndarray]], str] = lambda batch: "",
     tokens_per_step: int = 0,
     flops_per_step: float = 0.0,
@@ -84,7 +87,8 @@ def train(
       stream: this process's part of each batch, as NumPy; a Grain iterator, so that checkpoints hold its position.
       meta: JSON content to save with every checkpoint.
       schedule: for the learning rate in the log.
-      evaluate: parameters → metrics, every `config.eval_every` steps and at the end.
+      evaluate: of the parameters, every `config.eval_every` steps and at the end; a signal cuts it short, except in a
+        job of several processes, which agree between steps only.
       describe: a batch in words, for the message of a divergence ("subjects 3, 17").
       tokens_per_step, flops_per_step, peak_flops: for rates in the log; peak of one device, None if unknown.
       profile: first and last step of a trace, written to `<workdir>/profile`.
@@ -94,7 +98,7 @@ def train(
       The last state, and None or the name of the signal that stopped the run early (everything is saved then).
 
     Raises:
-      TrainingDiverged: names the step, the batch and the last good checkpoint.
+      TrainingDiverged: names the step, the batch and the newest checkpoint.
     """
     first = int(state.step)
     pending: tuple[int, dict[str, jax.Array], str] | None = None
@@ -108,6 +112,20 @@ def train(
 
     with _Stop() as stop, MetricLog(workdir, first, config.steps, bar=bar) as log, _Profile(profile, workdir) as trace:
         clock = _Clock()
+
+        def evaluated(step: int) -> bool:
+            """Whether the evaluation that is due came to its end."""
+            with clock.paused():
+                found = evaluate(state.averaged_params, lambda: stop.signal is not None)
+            if found is not None:
+                log.write(step, {f"eval_{k}": v for k, v in found.items()})
+            return found is not None
+
+        def due(step: int, every: int) -> bool:
+            return step == config.steps or bool(every and step % every == 0)
+
+        if evaluate and first and due(first, config.eval_every) and log.lacks_evaluation and not evaluated(first):
+            return state, stop.signal
         for step in range(first + 1, config.steps + 1):
             trace.before(step)
             with clock.waiting():
@@ -122,27 +140,29 @@ def train(
             log.advance()
             clock.steps += 1
 
-            last = step == config.steps
             stopped = stop.signal or ("preemption" if checkpoints.reached_preemption(step) else None)
-            if step % config.log_every == 0 or last:
+            if due(step, config.log_every):
                 values = {name: float(value) for name, value in metrics.items() if name != "finite"}
                 check()
                 values |= clock.rates(tokens_per_step, flops_per_step, peak_flops)
                 if schedule is not None:
                     values["learning_rate"] = float(schedule(step - 1))
                 log.write(step, values)
-            if evaluate and ((config.eval_every and step % config.eval_every == 0) or last):
-                check()
-                with clock.paused():
-                    log.write(step, {f"eval_{k}": v for k, v in evaluate(state.averaged_params).items()})
-            if step % config.checkpoint_every == 0 or last or stopped:
+            # Saved first: whoever sends the signal may not wait for an evaluation.
+            save = due(step, config.checkpoint_every)
+            if save or stopped:
                 check()
                 with clock.paused():
                     checkpoints.save(state, stream, meta)
-            if stopped and not last:
+            if evaluate and not stopped and due(step, config.eval_every):
+                check()
+                if not evaluated(step):
+                    stopped = stop.signal
+                    if not save:
+                        checkpoints.save(state, stream, meta)
+            if stopped:
                 checkpoints.wait()
                 return state, stopped
-        check()
     checkpoints.wait()
     return state, None
 
@@ -150,12 +170,19 @@ def train(
 def _diverged(pending: tuple[int, dict[str, jax.Array], str], checkpoints: Checkpoints, flags: str) -> TrainingDiverged:
     step, metrics, said = pending
     checkpoints.wait()
-    good = checkpoints.steps
-    where = f"the last good checkpoint is step {good[-1]} in {checkpoints.folder}" if good else "no checkpoint is saved"
+    saved, folder = checkpoints.steps, checkpoints.folder
+    names = {"loss": "loss", "grad_norm": "gradient norm", "param_norm": "parameter norm"}
+    values = ", ".join(f"{name} {float(metrics[key]):.4g}" for key, name in names.items())
+    gentler = f"a lower --{flags}.learning_rate or a higher --{flags}.warmup_steps"
+    if not saved:
+        go_on = f"no checkpoint is saved: start again with --overwrite and {gentler}"
+    else:
+        go_on = f"the newest checkpoint is step {saved[-1]} in {folder}: go on from it with --resume and {gentler}"
+    # Its numbers are finite; whether the training was sound by then nobody has looked at.
+    if len(saved) > 1:
+        go_on += f"; if it was on its way there already, delete it, and --resume goes on from step {saved[-2]}"
     return TrainingDiverged(
-        f"step {step}: loss {float(metrics['loss']):.4g} and gradient norm {float(metrics['grad_norm']):.4g} are not "
-        f"both finite{f' ({said})' if said else ''}; {where}: lower --{flags}.learning_rate or raise "
-        f"--{flags}.warmup_steps, or look at that data."
+        f"step {step}: {values} must all be finite{f' ({said})' if said else ''}; {go_on}; or look at that data."
     )
 
 

@@ -1,4 +1,5 @@
-"""Metrics of a run: one JSON line per logged step, TensorBoard, and a progress bar on a terminal (DESIGN §10)."""
+"""Metrics of a run: one JSON line per logged step, TensorBoard, and progress: a bar on a terminal, else a line now and
+then (DESIGN §10)."""
 
 from __future__ import annotations
 
@@ -6,12 +7,15 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
@@ -30,10 +34,14 @@ class MetricLog:
       start: the step the run starts or resumes from.
       steps: its last.
       bar: show progress.
+
+    Attributes:
+      lacks_evaluation: the run has logged steps, but no evaluation of `start`. The same in all processes.
     """
 
     def __init__(self, workdir: str | os.PathLike, start: int, steps: int, *, bar: bool = True):
         self._file = self._board = None
+        lacks_evaluation = False
         if jax.process_index() == 0:
             self._workdir = workdir = Path(workdir)
             workdir.mkdir(parents=True, exist_ok=True)
@@ -41,9 +49,15 @@ class MetricLog:
             kept = [line for line in _lines(path) if line["step"] <= start]
             with atomic_path(path) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            lacks_evaluation = bool(kept) and not any(_evaluates(line) for line in kept if line["step"] == start)
             self._file = path.open("a")
             self._board = _Board(workdir / "tensorboard", purge_step=start + 1)
-        self._bar = tqdm(total=steps, initial=start, unit="step", disable=not bar or self._file is None)
+        self.lacks_evaluation = lacks_evaluation
+        if jax.process_count() > 1:
+            self.lacks_evaluation = bool(multihost_utils.broadcast_one_to_all(np.array(lacks_evaluation)))
+        shown = bar and self._file is not None
+        kind = tqdm if sys.stderr is not None and sys.stderr.isatty() else _Lines
+        self._bar = kind(total=steps, initial=start, unit="step", disable=not shown)
 
     def __enter__(self) -> MetricLog:
         return self
@@ -75,6 +89,43 @@ class MetricLog:
         self._board.write(step, values)
 
 
+class _Lines:
+    """In the place of a bar where no terminal can redraw it, as in a job's log: a line at the first loss, then at most
+    one every `seconds`, and one at the end. Keywords as tqdm's."""
+
+    def __init__(self, *, total: int, initial: int, unit: str, disable: bool, seconds: float = 30):
+        self._total, self._n, self._unit, self._disable, self._seconds = total, initial, unit, disable, seconds
+        # Of the first step of this run, whose end only tells how long compiling took.
+        self._first = self._said = None
+        self._values = ""
+
+    def update(self) -> None:
+        self._n += 1
+        self._first = self._first or (self._n, time.monotonic())
+        if self._said is not None and time.monotonic() - self._said >= self._seconds:
+            self._say()
+
+    def set_postfix(self, values: Mapping[str, str]) -> None:
+        # An evaluation's values come by themselves.
+        if "loss" in values:
+            self._values = ", ".join(f"{name} {value}" for name, value in values.items())
+            if self._said is None or self._n == self._total:
+                self._say()
+
+    def close(self) -> None:
+        pass
+
+    def _say(self) -> None:
+        if self._disable:
+            return
+        now = self._said = time.monotonic()
+        line = f"{self._unit} {self._n}/{self._total}  {self._values}"
+        if self._first is not None and self._first[0] < self._n < self._total:
+            left = (now - self._first[1]) / (self._n - self._first[0]) * (self._total - self._n)
+            line += f", {tqdm.format_interval(left)} left"
+        print(line, file=sys.stderr, flush=True)
+
+
 class _Board:
     """Scalars for TensorBoard. SummaryWriter writes from a thread, which tells nobody when the disk is full."""
 
@@ -100,6 +151,10 @@ class _Board:
     def close(self) -> None:
         with naming(self._folder):
             self._writer.close()
+
+
+def _evaluates(line: Mapping[str, Any]) -> bool:
+    return any(name.startswith("eval_") for name in line)
 
 
 def _remove_empty(workdir: Path) -> None:

@@ -13,6 +13,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 from jax.tree_util import Partial
@@ -131,6 +132,17 @@ def _new_state(init_params, optimizer, config: TrainConfig, key) -> TrainState:
     )
 
 
+def begin_with(fresh: TrainState, params: Params) -> TrainState:
+    """A new state with other parameters than those it was initialised with, laid out as those.
+
+    Args:
+      params: arrays of the same tree and shapes, also NumPy.
+    """
+    place = lambda new, old: new if new is old else jax.device_put(np.asarray(new, old.dtype), old.sharding)  # noqa: E731
+    params = jax.tree.map(place, params, fresh.params)
+    return fresh.replace(params=params, ema=fresh.ema and jax.tree.map(jnp.copy, params))
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -141,17 +153,21 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimiser step. A step whose loss or gradient is not finite changes nothing but the step counter.
 
+    Parameters that it leaves not finite, or whose norm is beyond float32, are told by `finite` alone: to undo them
+    would take a second pass over all of them. Nothing may be saved then.
+
     Args:
       state: before the step; donate it.
       batch: arrays [B, ...].
 
     Returns:
-      The new state, and scalars: `loss`, `grad_norm`, `param_norm`, `finite`, and what `loss_fn` adds.
+      The new state, and scalars: `loss`, `grad_norm`, `param_norm` (after the step), `finite` (all three are), and what
+      `loss_fn` adds.
     """
     key = jax.random.fold_in(state.key, state.step)
     loss, grads, extra = _gradients(loss_fn, state.params, batch, key, config.accumulate)
     norm = _norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    healthy = jnp.isfinite(loss) & jnp.isfinite(norm)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -162,8 +178,10 @@ def train_step(
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
 
     new = TrainState(state.step, params, opt_state, ema, state.key)
-    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-    metrics = {"loss": loss, "grad_norm": norm, "param_norm": _norm(state.params), "finite": finite}
+    new = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), new, state)
+    param_norm = _norm(new.params)
+    finite = healthy & jnp.isfinite(param_norm)
+    metrics = {"loss": loss, "grad_norm": norm, "param_norm": param_norm, "finite": finite}
     return new.replace(step=state.step + 1), metrics | extra
 
 

@@ -36,7 +36,11 @@ def main() -> None:
     share = batch_share(make_mesh(MESH.value))
     workdir = open_job(WORKDIR.value, ("checkpoints", "metrics.jsonl", "tensorboard"))
     state, stopped = toy.run(
-        workdir, config, MESH.value, stream=Share(*share), evaluate=lambda params: {"resident_mib": resident_mib()}
+        workdir,
+        config,
+        MESH.value,
+        stream=Share(*share),
+        evaluate=lambda params, stopped: {"resident_mib": resident_mib()},
     )
     if stopped:
         end_stopped(stopped, int(state.step))

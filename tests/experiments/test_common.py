@@ -79,6 +79,27 @@ run(main)
     assert (done.returncode, done.stderr) == (130, "stopped by Ctrl-C.\n")
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_sigterm_before_a_training_has_steps_to_save_is_a_sentence(lost):
+    """`lost`: in a destructor, where Python only prints what is raised."""
+    program = f"""
+import os, signal, time
+from experiments.common import run
+from experiments.job import start_job
+class Loses:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+def main():
+    start_job()
+    {"Loses()" if lost else "os.kill(os.getpid(), signal.SIGTERM)"}
+    time.sleep(60)
+run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (0, "stopped by SIGTERM; go on with --resume.\n")
+
+
 def test_ctrl_c_while_a_progress_bar_is_made_ends_its_line():
     program = """
 import tqdm

@@ -270,6 +270,15 @@ def test_several_captures_are_checked_before_the_first_is_fitted(forks, people, 
     }
 
 
+def test_a_typo_beside_overwrite_costs_no_fit(forks, people, straight, tmp_path):
+    shutil.copytree(straight[0], tmp_path / "fits")
+    for more in (("--config.fit.max_points=20",), ("--subjects=ball_0", "--downscale=99")):
+        ended = start(forks, people, tmp_path / "fits", "--overwrite", *more)
+        assert ended.code == 2, ended.err[-3000:]
+        assert "Traceback" not in ended.err
+        assert contents(tmp_path / "fits") == contents(straight[0])
+
+
 def test_a_kill_after_the_report_leaves_nothing_behind(forks, people, straight, tmp_path):
     """The checkpoint goes after the report is there; a kill between them leaves it to the next start."""
     shutil.copytree(straight[0], tmp_path / "fits")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,10 @@ import numpy as np
 import pytest
 
 from pointillist_jax.files import UserError
+from pointillist_jax.training import metric_log
 from pointillist_jax.training.checkpoints import Checkpoints, load_params
 from pointillist_jax.training.loop import TrainingDiverged
-from pointillist_jax.training.metric_log import read_metrics
+from pointillist_jax.training.metric_log import MetricLog, read_metrics
 from pointillist_jax.training.state import make_optimizer, make_schedule
 from tests.training import toy
 
@@ -133,13 +136,120 @@ def test_divergence_names_step_batch_and_checkpoint(whole, tmp_path):
     def describe(batch):
         return "subjects a, b" if np.isnan(batch["x"]).any() else "healthy"
 
-    with pytest.raises(TrainingDiverged, match=r"step 7: loss nan.*subjects a, b.*checkpoint is step 4"):
+    with pytest.raises(TrainingDiverged, match=r"step 7: loss nan.*subjects a, b.*checkpoint is step 4") as told:
         toy.run(tmp_path, stream=Poisoned(7), describe=describe)
-    with pytest.raises(TrainingDiverged, match=r"lower --config\.decoder\.train\.learning_rate or raise --config\.dec"):
+    assert "delete" not in str(told.value)
+    with pytest.raises(
+        TrainingDiverged, match=r"lower --config\.decoder\.train\.learning_rate or a higher --config\.dec"
+    ):
         toy.run(tmp_path, stream=Poisoned(3), flags="config.decoder.train")
-    # What is saved is healthy: the run goes on from there once the data are mended.
-    state, _ = toy.run(tmp_path)
+    with pytest.raises(TrainingDiverged, match=r"newest checkpoint is step 8 .*delete it, and --resume goes .* step 4"):
+        toy.run(tmp_path, stream=Poisoned(6))
+    # As the sentence says; the run goes on from there once the data are mended.
+    shutil.rmtree(tmp_path / "checkpoints" / "8")
+    seen = []
+    state, _ = toy.run(tmp_path, describe=lambda batch: seen.append(batch) or "")
+    assert len(seen) == 8
     assert_same(state, whole[1])
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_parameters_that_are_not_finite_are_never_saved(tmp_path, steps):
+    """Loss and gradient of the first step are sound, and the step leaves parameters of 1e30, whose norm overflows."""
+    config = dataclasses.replace(toy.CONFIG, learning_rate=1e30, warmup_steps=0, steps=steps, checkpoint_every=1)
+    with pytest.raises(
+        TrainingDiverged, match=r"step 1: loss \d.*parameter norm inf .*no checkpoint is saved.*overwrite"
+    ):
+        toy.run(tmp_path, config)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == []
+
+
+def test_a_state_is_saved_before_it_is_evaluated_and_a_lost_evaluation_is_made_up_for(whole, tmp_path):
+    config, calls = dataclasses.replace(toy.CONFIG, eval_every=4), []
+
+    def evaluate(params, stopped):
+        calls.append(float(params["w1"][0, 0]))
+        if len(calls) == 2:
+            raise RuntimeError("killed")
+        return {"w": calls[-1]}
+
+    with pytest.raises(RuntimeError, match="killed"):
+        toy.run(tmp_path, config, evaluate=evaluate)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [4, 8]
+    state, _ = toy.run(tmp_path, config, evaluate=evaluate)
+    assert_same(state, whole[1])
+    lines = [line for line in read_metrics(tmp_path) if "eval_w" in line]
+    assert [(line["step"], line["eval_w"]) for line in lines] == [(4, calls[0]), (8, calls[1]), (12, calls[3])]
+    assert calls[1] == calls[2]
+    # A finished run is evaluated no more.
+    toy.run(tmp_path, config, evaluate=evaluate)
+    assert len(calls) == 4
+
+
+def test_a_signal_during_an_evaluation_ends_it_and_one_before_it_skips_it(whole, tmp_path):
+    config, began = dataclasses.replace(toy.CONFIG, eval_every=3, checkpoint_every=100), []
+
+    def evaluate(params, stopped):
+        began.append(1)
+        if len(began) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return None if stopped() else {"one": 1.0}
+
+    class Stopping(Poisoned):
+        """The stream, and a SIGTERM with one of its batches instead of a NaN."""
+
+        def __next__(self):
+            self.count += 1
+            if self.count == self.step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return next(self.inner)
+
+    state, stopped = toy.run(tmp_path, config, evaluate=evaluate)
+    assert (int(state.step), stopped, len(began)) == (6, "SIGTERM", 2)
+    # The evaluation of step 6 is made up for; that of step 9 is skipped.
+    state, stopped = toy.run(tmp_path, config, stream=Stopping(3), evaluate=evaluate)
+    assert (int(state.step), stopped, len(began)) == (9, "SIGTERM", 3)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [6, 9]
+    state, stopped = toy.run(tmp_path, config, evaluate=evaluate)
+    assert stopped is None
+    assert_same(state, whole[1])
+    assert [line["step"] for line in read_metrics(tmp_path) if "eval_one" in line] == [3, 6, 9, 12]
+
+
+def test_other_data_are_refused_in_one_sentence(whole, tmp_path, caplog):
+    class Other(Poisoned):
+        def set_state(self, state):
+            raise UserError("the data stream was saved with subjects=6, now it is 5: resume with the same data.")
+
+    shutil.copytree(whole[0], tmp_path / "run")
+    with pytest.raises(UserError, match=r"checkpoints belongs to other data: the data .* resume with the same data\.$"):
+        toy.run(tmp_path / "run", stream=Other(0))
+    assert "skipped" not in caplog.text
+
+
+def test_progress_off_a_terminal_is_a_line_now_and_then(tmp_path, capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metric_log.time, "monotonic", lambda: now[0])
+    with MetricLog(tmp_path, 2, 12) as log:
+        for step in range(3, 13):
+            now[0] += 8
+            log.advance()
+            log.write(step, {"loss": 1 / step})
+    said = capsys.readouterr().err
+    assert "\r" not in said
+    lines = [
+        "step 3/12  loss 0.3333",
+        "step 7/12  loss 0.1667, 00:40 left",
+        "step 11/12  loss 0.1, 00:08 left",
+        "step 12/12  loss 0.08333",
+    ]
+    assert said.splitlines() == lines
+    with MetricLog(tmp_path, 2, 12, bar=False) as log:
+        log.write(3, {"loss": 1.0})
+    assert capsys.readouterr().err == ""
 
 
 def test_one_trace_for_all_steps(tmp_path, monkeypatch):
