@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
+import os
 
 import jax
 import numpy as np
@@ -12,10 +14,21 @@ from hypothesis import settings
 from experiments.common import json_line
 from experiments.random_flame import write_flame
 from pointillist_jax.flame import FlameModel, FlameParams, load_flame
+from tests.compiler import QUICK
 
 # The first example of a property compiles JAX programs; a time limit per example would only measure the machine.
 settings.register_profile("default", deadline=None)
 settings.load_profile("default")
+
+
+def pytest_configure(config):
+    """The quick tests' own programs are compiled quickly. Those of the long tests, and of every process that a test
+    starts, are compiled as a user's are: the flags are read once, here, and taken back."""
+    accelerated = importlib.util.find_spec("jax_plugins") is not None
+    if config.getoption("markexpr") == "not slow" and "XLA_FLAGS" not in os.environ and not accelerated:
+        os.environ["XLA_FLAGS"] = QUICK
+        jax.devices()
+        del os.environ["XLA_FLAGS"]
 
 
 @pytest.fixture(scope="module", autouse=True)

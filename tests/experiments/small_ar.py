@@ -28,6 +28,7 @@ from pointillist_jax.tokens import PointTokenizer
 from pointillist_jax.training.ar import init_params
 from pointillist_jax.training.checkpoints import Checkpoints
 from pointillist_jax.training.state import TrainState
+from tests.compiler import QUICK
 
 ROOT = Path(experiments.__file__).parent.parent
 CONFIG = Config(
@@ -86,8 +87,7 @@ def environment(root: Path, quick: bool = False) -> dict[str, str]:
     Args:
       quick: without most of the compiler's optimisations, which short runs take longer for than they save.
     """
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    return (os.environ | {"XLA_FLAGS": flags} if quick else dict(os.environ)) | {
+    return (os.environ | {"XLA_FLAGS": QUICK} if quick else dict(os.environ)) | {
         "JAX_COMPILATION_CACHE_DIR": str(root / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
