@@ -27,7 +27,7 @@ from experiments import common
 from renderer_bridge import binning, estimate_capacity, gsplat_dlpack, projection, rasterize, tiles
 
 _QUICK = flags.DEFINE_bool("quick", False, "Only the smallest, middle and largest size.")
-_REPEATS = flags.DEFINE_integer("repeats", 3, "Timed turns of each case (the median is shown).", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed turns of each case (the median is shown).", lower_bound=1)
 _AGAINST = flags.DEFINE_enum("against", None, ["gsplat"], "Compare with plain torch + gsplat instead (needs CUDA).")
 _JAX_TOO = flags.DEFINE_bool("jax_too", False, "With --against=gsplat: time the JAX back end as well.")
 
