@@ -34,7 +34,7 @@ from experiments.charts import line_chart
 from experiments.common import end_stopped, print_changes, refuse_flags, run
 from experiments.config_flags import define_config
 from experiments.heads import named_head
-from experiments.job import MESH, SEED, open_job, start_job
+from experiments.job import MESH, SEED, goes_on, open_job, start_job
 from experiments.media import write_image
 from experiments.pictures import contact_sheet
 from experiments.trained import Contexts, load_ar
@@ -294,7 +294,8 @@ def train_decoder(
     # Both raise what would else fail behind `open_workdir`: sizes that the mesh does not divide, an attention.
     require_attention(settings.attention, settings.dtype)
     abstract, _ = abstract_state(init, optimizer, run_, key, devices)
-    initial = None if init_from is None else initial_params(abstract.params, init_from)
+    # Whatever has become of that run since, this one goes on.
+    initial = None if init_from is None or goes_on(workdir) else initial_params(abstract.params, init_from)
     open_workdir()
 
     def check(saved: dict[str, Any]) -> None:

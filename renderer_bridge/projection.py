@@ -16,8 +16,8 @@ ALPHA_FLOOR = 1.0 / 255.0
 MAX_EXTENT = 3.33
 # Of a 2D covariance, pixels⁴: float32 holds neither a larger one nor the square of a smaller one's inverse.
 _LARGEST_DETERMINANT, _SMALLEST_DETERMINANT = 1e36, 1e-18
-# Metres. What is larger is a mistake, and its square would not be finite.
-LARGEST_SCALE = 1e15
+# Metres, of positions and scales. What is larger is a mistake, and its square on the image plane would not be finite.
+LARGEST_LENGTH = 1e15
 
 
 class Projected(NamedTuple):
@@ -32,11 +32,11 @@ class Projected(NamedTuple):
 
 
 def usable(means: jax.Array, quats: jax.Array, scales: jax.Array, opacities: jax.Array) -> jax.Array:
-    """[G] bool: no NaN or Inf, scales from 0 to `LARGEST_SCALE`, a quaternion that is not zero."""
+    """[G] bool: no NaN or Inf, nothing beyond `LARGEST_LENGTH`, scales ≥ 0, a quaternion that is not zero."""
     return (
-        jnp.all(jnp.isfinite(means), -1)
+        jnp.all(jnp.abs(means) <= LARGEST_LENGTH, -1)
         & jnp.all(jnp.isfinite(quats), -1)
-        & jnp.all((scales >= 0) & (scales <= LARGEST_SCALE), -1)
+        & jnp.all((scales >= 0) & (scales <= LARGEST_LENGTH), -1)
         & jnp.any(quats != 0, -1)
         & jnp.isfinite(opacities)
     )

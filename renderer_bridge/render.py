@@ -99,7 +99,7 @@ def rasterize(
       scales: standard deviations along the Gaussian's axes, metres, ≥ 0.
       opacities: in [0, 1].
       colors: D channels as they are, shared or per camera; with `sh_degree` spherical-harmonic coefficients, whose
-        value + 0.5 is clamped at 0 from below. None will do for depth alone.
+        value + 0.5 is clamped at 0 from below. Not looked at for depth alone, where None will do.
       viewmats: world-to-camera, OpenCV axes. Ks: intrinsics in pixels (no skew); pixel centres lie at + 0.5.
       width, height: image size in pixels, static.
       near_plane, far_plane: Gaussians whose camera z lies outside are culled.
@@ -128,9 +128,10 @@ def rasterize(
       image [C, H, W, X], alpha [C, H, W, 1], and info: `radii` [C, G, 2] int32 pixels (0 = culled), `means2d`
       [C, G, 2], `depths` [C, G], `conics` [C, G, 3], `opacities` [C, G], `tiles_per_gauss` [C, G], `intersections`
       (count over all cameras), `overflow` (intersections beyond the capacity that are **missing** from the image; 0 =
-      exact), `invalid` (Gaussians left out for NaN, negative or boundless scales or zero quaternions; where values are
-      known these are an error), and the static `width`, `height`, `tile_size`, `tile_width`, `tile_height`,
-      `n_cameras`, `capacity`, `backend`. The picture of a camera that is NaN is NaN.
+      exact), `invalid` (Gaussians left out for NaN or Inf, negative scales, zero quaternions, or because they are too
+      large for float32 on the image plane; all but the last are an error where values are known), and the static
+      `width`, `height`, `tile_size`, `tile_width`, `tile_height`, `n_cameras`, `capacity`, `backend`. The picture of a
+      camera that is NaN is NaN.
 
     Raises:
       RasterizeError: wrong shapes, types or (where values are known) values, or a back end that is not there.
@@ -138,8 +139,9 @@ def rasterize(
     Source: facts C.2, C.4; DESIGN §8.
     """
     _one_of("render_mode", render_mode, _MODES)
-    if colors is None and render_mode in _DEPTH_ALONE and sh_degree is None and means is not None:
-        colors = jnp.zeros((*jnp.shape(means)[:1], 0), jnp.result_type(means))
+    if render_mode in _DEPTH_ALONE and means is not None:
+        points = _array("means", means)
+        colors, backgrounds, sh_degree = jnp.zeros((*points.shape[:1], 0), points.dtype), None, None
     arrays = _Arrays(means, quats, scales, opacities, colors, viewmats, Ks, backgrounds, means2d_probe, absgrad_probe)
     arrays, sh_degree = _checked(arrays, sh_degree)
     options = _Options(
@@ -286,7 +288,9 @@ def _render(arrays: _Arrays, options: _Options) -> tuple[jax.Array, jax.Array, d
         image = image + (1 - alpha) * backgrounds[:, None, None, :]
     if options.render_mode.endswith("ED"):
         image = jnp.concatenate([image[..., :-1], image[..., -1:] / jnp.maximum(alpha, 1e-10)], -1)
-    image = image + _nan_of_cameras(arrays)[:, None, None, None]
+    finite = _finite_cameras(arrays)
+    # An empty picture must not pass for that of a camera that is not there.
+    image = image + jnp.where(finite, 0.0, jnp.nan).astype(image.dtype)[:, None, None, None]
     info = {
         "radii": projected.radii,
         "means2d": means2d,
@@ -296,7 +300,7 @@ def _render(arrays: _Arrays, options: _Options) -> tuple[jax.Array, jax.Array, d
         "tiles_per_gauss": tiles_per_gauss,
         "intersections": intersections,
         "overflow": overflow,
-        "invalid": jnp.sum(unusable | jnp.any(projected.too_large, 0), dtype=jnp.int32),
+        "invalid": jnp.sum(unusable | jnp.any(projected.too_large & finite[:, None], 0), dtype=jnp.int32),
     }
     return image, alpha, info
 
@@ -332,10 +336,9 @@ def _without_unusable(arrays: _Arrays, options: _Options) -> tuple[_Arrays, jax.
     return cleaned, ~usable
 
 
-def _nan_of_cameras(arrays: _Arrays) -> jax.Array:
-    """[C] 0, or NaN for a camera that is not finite: its empty picture must not pass for one."""
-    finite = jnp.all(jnp.isfinite(arrays.viewmats), (1, 2)) & jnp.all(jnp.isfinite(arrays.Ks), (1, 2))
-    return jnp.where(finite, 0.0, jnp.nan).astype(arrays.means.dtype)
+def _finite_cameras(arrays: _Arrays) -> jax.Array:
+    """[C] bool."""
+    return jnp.all(jnp.isfinite(arrays.viewmats), (1, 2)) & jnp.all(jnp.isfinite(arrays.Ks), (1, 2))
 
 
 def _project(arrays: _Arrays, options: _Options) -> projection.Projected:
@@ -360,7 +363,7 @@ def _channels(arrays: _Arrays, projected: projection.Projected, options: _Option
     """Channels to blend [C, G, X] and their background [C, X] or None."""
     C, G = projected.depths.shape
     colors, backgrounds, depth = arrays.colors, arrays.backgrounds, projected.depths[..., None]
-    if options.sh_degree is not None and options.render_mode not in _DEPTH_ALONE:
+    if options.sh_degree is not None:
         directions = arrays.means - projection.camera_positions(arrays.viewmats)[:, None]
         coefficients = colors if colors.ndim == 4 else colors[None]
         colors = jnp.maximum(sh.spherical_harmonics(options.sh_degree, directions, coefficients) + 0.5, 0.0)
@@ -447,7 +450,7 @@ def _max_alpha(max_alpha: float | None, options: _Options) -> float:
         compiled = gsplat_dlpack.max_alpha()
     if max_alpha is None:
         return compiled or _DEFAULT_MAX_ALPHA
-    if not 0 < max_alpha < 1:
+    if not 0 < _number("max_alpha", max_alpha) < 1:
         raise RasterizeError(f"max_alpha is {max_alpha}; expected a number between 0 and 1, such as .999 or .99.")
     if compiled is not None and max_alpha != compiled:
         raise RasterizeError(
@@ -497,11 +500,13 @@ def _checked(arrays: _Arrays, sh_degree: int | None) -> tuple[_Arrays, int | Non
             raise RasterizeError(f"colors has shape {shape}; expected ({G}, D) or ({C}, {G}, D).")
         D = shape[-1]
     else:
-        if isinstance(sh_degree, bool) or not hasattr(sh_degree, "__index__"):
-            raise RasterizeError(f"sh_degree is {sh_degree!r}; expected None or 0, 1, 2, 3.")
-        sh_degree = operator.index(sh_degree)
-        if sh_degree not in range(sh.MAX_DEGREE + 1):
-            raise RasterizeError(f"sh_degree is {sh_degree}; expected None or 0, 1, 2, 3.")
+        try:
+            degree = -1 if isinstance(sh_degree, bool) else operator.index(sh_degree)
+        except TypeError:  # not whole, or not known when tracing
+            degree = -1
+        if degree not in range(sh.MAX_DEGREE + 1):
+            raise RasterizeError(f"sh_degree is {sh_degree!r}; expected None or 0, 1, 2, 3, known when tracing.")
+        sh_degree = degree
         needed = (sh_degree + 1) ** 2
         if len(shape) < 3 or shape[-3] != G or shape[-1] != 3 or shape[:-3] not in ((), (C,)) or shape[-2] < needed:
             raise RasterizeError(
@@ -541,8 +546,10 @@ def _check_values(arrays: _Arrays, sh_degree: int | None) -> None:
     refuse("colors", uncolored & (np.asarray(arrays.opacities) > 0), "NaN or Inf")
     scales = np.asarray(arrays.scales)
     refuse("scales", (scales < 0).any(1), "negative values (give activated scales, not logarithms)")
-    refuse("scales", (scales > projection.LARGEST_SCALE).any(1), "values that no scene has")
-    refuse("quats", (np.asarray(arrays.quats) == 0).all(1), "a zero quaternion")
+    for name, value in (("scales", scales), ("means", np.asarray(arrays.means))):
+        refuse(name, (np.abs(value) > projection.LARGEST_LENGTH).any(1), "values that no scene has")
+    quats = np.asarray(arrays.quats)
+    refuse("quats", (np.abs(quats) < np.finfo(quats.dtype).tiny).all(1), "a zero quaternion")
     opacities = np.asarray(arrays.opacities)
     refuse(
         "opacities", (opacities < 0) | (opacities > 1), "values outside [0, 1] (give activated opacities, not logits)"

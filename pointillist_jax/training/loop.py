@@ -164,7 +164,7 @@ def train(
                 checkpoints.wait()
                 return state, stopped
     checkpoints.wait()
-    return state, None
+    return state, stop.signal
 
 
 def _diverged(pending: tuple[int, dict[str, jax.Array], str], checkpoints: Checkpoints, flags: str) -> TrainingDiverged:

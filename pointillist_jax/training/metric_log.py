@@ -36,7 +36,8 @@ class MetricLog:
       bar: show progress.
 
     Attributes:
-      lacks_evaluation: the run has logged steps, but no evaluation of `start`. The same in all processes.
+      lacks_evaluation: the run is not finished, or has logged steps, and no evaluation of `start` is among them. The
+        same in all processes.
     """
 
     def __init__(self, workdir: str | os.PathLike, start: int, steps: int, *, bar: bool = True):
@@ -49,7 +50,9 @@ class MetricLog:
             kept = [line for line in _lines(path) if line["step"] <= start]
             with atomic_path(path) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            lacks_evaluation = bool(kept) and not any(_evaluates(line) for line in kept if line["step"] == start)
+            # Without a line a run had nothing to log yet, or, if it is finished, somebody took the file away.
+            evaluated = any(_evaluates(line) for line in kept if line["step"] == start)
+            lacks_evaluation = not evaluated and (bool(kept) or start < steps)
             self._file = path.open("a")
             self._board = _Board(workdir / "tensorboard", purge_step=start + 1)
         self.lacks_evaluation = lacks_evaluation

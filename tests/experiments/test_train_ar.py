@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -91,6 +92,15 @@ def test_encoders_that_are_trained_along_begin_with_the_weights_that_are_named(f
     image.unlink()
     ended = forks.run("train_ar", *good, *still, *named, f"--workdir={out}", "--resume", where=out)
     assert ended.code == 0, ended.err[-3000:]
+
+
+def test_a_decoder_goes_on_whatever_became_of_the_run_it_began_with(forks, good_root, tmp_path):
+    good, first, out = filled(SCRIPTS["train_decoder"].good, good_root), tmp_path / "first", tmp_path / "out"
+    for folder, more in ((first, ()), (out, (f"--init={first}",)), (out, (f"--init={first}", "--resume"))):
+        ended = forks.run("train_decoder", *good, f"--workdir={folder}", *more, where=folder)
+        assert ended.code == 0, ended.err[-3000:]
+        if folder is out:
+            shutil.rmtree(first, ignore_errors=True)
 
 
 def test_few_people_are_not_held_out_but_for_two_and_that_is_said(forks, good_root, tmp_path):

@@ -67,6 +67,9 @@ def _render(width=W, height=H, backend="jax", **changes):
         ({"eps2d": np.inf}, "eps2d is inf"),
         ({"radius_clip": "a"}, "radius_clip is 'a'"),
         ({"sh_degree": 1.0}, "sh_degree is 1.0"),
+        ({"sh_degree": np.array([1])}, "sh_degree is array"),
+        ({"max_alpha": "x"}, "max_alpha is 'x'"),
+        ({"means": "no", "render_mode": "D"}, "means is not an array"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -93,6 +96,8 @@ def _spoiled(name, value, row=7):
         (_spoiled("viewmats", np.nan, 1), "viewmats has NaN"),
         (_spoiled("Ks", -np.eye(3), 1), "focal length"),
         (_spoiled("scales", 1e20), "scales has values that no scene has"),
+        (_spoiled("means", -1e20), "means has values that no scene has"),
+        (_spoiled("quats", 1e-39), "quats has a zero quaternion"),
         (_spoiled("colors", np.nan), "colors has NaN or Inf in 1 row.* first in row 7"),
         ({"backgrounds": np.full(3, np.inf, np.float32)}, "backgrounds has NaN or Inf"),
     ],
@@ -121,6 +126,7 @@ def _program(arrays, sh_degree=None):
         _spoiled("scales", 1e12),  # finite, but its square on the image plane is not
         _spoiled("scales", 1e20),
         _spoiled("means", np.inf),
+        _spoiled("means", 1e36),
         _spoiled("quats", 0),
         _spoiled("opacities", np.nan),
         _spoiled("colors", np.nan),
@@ -165,7 +171,8 @@ def test_the_colour_of_a_masked_gaussian_may_be_anything(sh_degree):
 def test_inside_jit_the_picture_of_a_camera_that_is_not_finite_is_nan(name):
     good = _inputs()
     _, (expected, _, _) = _program(good)
-    _, (image, _, _) = _program({**good, **_spoiled(name, np.nan, 1)})
+    _, (image, invalid, _) = _program({**good, **_spoiled(name, np.nan, 1)})
+    assert int(invalid) == 0  # the Gaussians are not to blame
     np.testing.assert_array_equal(image[0], expected[0])
     assert np.isnan(image[1]).all()
 
@@ -192,8 +199,11 @@ def test_without_a_blur_gaussians_too_small_for_float32_have_finite_gradients():
 
 
 def test_depth_needs_no_colours():
+    spoiled = np.full((20, 3), np.nan, np.float32)
     for mode in ("D", "ED"):
-        np.testing.assert_array_equal(_render(render_mode=mode, colors=None)[0], _render(render_mode=mode)[0])
+        expected = _render(render_mode=mode)[0]
+        for options in ({"colors": None}, {"colors": spoiled}, {"colors": None, "sh_degree": 1}):
+            np.testing.assert_array_equal(_render(render_mode=mode, backgrounds=np.ones(3), **options)[0], expected)
 
 
 def test_a_degree_may_be_an_array_s_element():

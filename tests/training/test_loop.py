@@ -219,6 +219,23 @@ def test_a_signal_during_an_evaluation_ends_it_and_one_before_it_skips_it(whole,
     assert [line["step"] for line in read_metrics(tmp_path) if "eval_one" in line] == [3, 6, 9, 12]
 
 
+def test_an_evaluation_that_is_lost_before_anything_was_logged_is_made_up_for(tmp_path):
+    config, began = dataclasses.replace(toy.CONFIG, eval_every=3, checkpoint_every=100, log_every=100), []
+
+    def evaluate(params, stopped):
+        began.append(1)
+        if len(began) in (1, 5):
+            os.kill(os.getpid(), signal.SIGTERM)
+        # The last one has come to its end when the signal arrives.
+        return None if stopped() and len(began) < 5 else {"one": 1.0}
+
+    state, stopped = toy.run(tmp_path, config, evaluate=evaluate)
+    assert (int(state.step), stopped) == (3, "SIGTERM")
+    state, stopped = toy.run(tmp_path, config, evaluate=evaluate)
+    assert (int(state.step), stopped) == (12, "SIGTERM")
+    assert [line["step"] for line in read_metrics(tmp_path) if "eval_one" in line] == [3, 6, 9, 12]
+
+
 def test_other_data_are_refused_in_one_sentence(whole, tmp_path, caplog):
     class Other(Poisoned):
         def set_state(self, state):
