@@ -36,7 +36,7 @@ _PIXEL_Y, _PIXEL_X = (
 )
 STOP = 1e-4  # a pixel stops before the Gaussian that would bring its transmittance to this
 _GROUP = 64
-_CHUNK = 8
+_CHUNK = 4
 _BACK_CHUNK = 4
 _NEVER = -1e4  # log-alpha of a Gaussian that does not touch the pixel; its exponential is 0
 _HEAD = 6  # leading columns of a packed row: mean x, y, conic xx, xy, yy, log opacity; colours follow
