@@ -577,9 +577,10 @@ def _number(name: str, value: Any) -> float:
 
 
 def _non_negative(name: str, value: Any) -> float:
-    if not 0 <= _number(name, value) < math.inf:
+    number = _number(name, value)
+    if not 0 <= number < math.inf:
         raise RasterizeError(f"{name} is {value!r}; expected a number ≥ 0.")
-    return float(value)
+    return number
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:

@@ -125,25 +125,30 @@ def test_camera_positions_invert_any_view_matrix():
     np.testing.assert_allclose(ours, np.linalg.inv(viewmats)[:, :3, 3], rtol=2e-4, atol=2e-4)
 
 
+def _assert_lists_are_gsplat_s(means2d, radii, depths, width, height, capacity):
+    """Same (tile, depth, index) order as the reference's isect_tiles, entry by entry. → number of intersections."""
+    C, G = depths.shape
+    bins = jax.jit(binning.bin_gaussians, static_argnums=(3, 4, 5))(means2d, radii, depths, width, height, capacity)
+    across, down = binning.tile_grid(width, height)
+    _, isect_ids, flatten_ids = reference._isect_tiles(
+        *(torch.tensor(np.asarray(x)) for x in (means2d, radii, depths)), 16, across, down
+    )
+    assert int(bins.total) == len(flatten_ids)
+    assert int(bins.overflow) == 0
+    offsets = reference._isect_offset_encode(isect_ids, C, across, down).reshape(-1).numpy()
+    np.testing.assert_array_equal(bins.starts, offsets)
+    camera = np.repeat(np.arange(C * across * down) // (across * down), np.asarray(bins.counts))
+    ids = np.asarray(bins.order)[camera, np.asarray(bins.ranks)[: len(camera)]] + camera * G
+    np.testing.assert_array_equal(ids, flatten_ids.numpy())
+    return len(ids)
+
+
 def test_tile_lists_are_those_of_gsplat():
-    """Same (tile, depth, index) order as the reference's isect_tiles, entry by entry."""
     means, quats, scales, opacities, viewmats, Ks = _inputs(np.float32)
     means[::9] = means[0]  # equal depths: ties must keep the input's order
     means[0] = 0
-    arrays = tuple(map(jnp.asarray, (means, quats, scales, opacities, viewmats, Ks)))
-    p = _ours(*arrays)
-    bins = jax.jit(binning.bin_gaussians, static_argnums=(3, 4, 5))(p.means2d, p.radii, p.depths, WIDTH, HEIGHT, 20_000)
-    across, down = binning.tile_grid(WIDTH, HEIGHT)
-    _, isect_ids, flatten_ids = reference._isect_tiles(
-        *(torch.tensor(np.asarray(x)) for x in (p.means2d, p.radii, p.depths)), 16, across, down
-    )
-    assert int(bins.total) == len(flatten_ids) > 1000
-    assert int(bins.overflow) == 0
-    offsets = reference._isect_offset_encode(isect_ids, 3, across, down).reshape(-1).numpy()
-    np.testing.assert_array_equal(bins.starts, offsets)
-    camera = np.repeat(np.arange(3 * across * down) // (across * down), np.asarray(bins.counts))
-    ids = np.asarray(bins.order)[camera, np.asarray(bins.ranks)[: len(camera)]] + camera * 500
-    np.testing.assert_array_equal(ids, flatten_ids.numpy())
+    p = _ours(*map(jnp.asarray, (means, quats, scales, opacities, viewmats, Ks)))
+    assert _assert_lists_are_gsplat_s(p.means2d, p.radii, p.depths, WIDTH, HEIGHT, 20_000) > 1000
 
 
 def test_tile_and_rank_may_need_more_than_32_bits():
@@ -153,15 +158,4 @@ def test_tile_and_rank_may_need_more_than_32_bits():
     radii = rng.integers(0, 20, (1, count, 2)).astype(np.int32)
     depths = rng.uniform(1, 2, (1, count)).astype(np.float32)
     depths[0, ::9] = depths[0, 0]
-    bins = jax.jit(binning.bin_gaussians, static_argnums=(3, 4, 5))(means2d, radii, depths, width, height, 1 << 19)
-    across, down = binning.tile_grid(width, height)
-    _, isect_ids, flatten_ids = reference._isect_tiles(
-        *(torch.tensor(x) for x in (means2d, radii, depths)), 16, across, down
-    )
-    assert int(bins.total) == len(flatten_ids) > 100_000
-    assert int(bins.overflow) == 0
-    offsets = reference._isect_offset_encode(isect_ids, 1, across, down).reshape(-1).numpy()
-    np.testing.assert_array_equal(bins.starts, offsets)
-    np.testing.assert_array_equal(
-        np.asarray(bins.order)[0][np.asarray(bins.ranks)[: len(flatten_ids)]], flatten_ids.numpy()
-    )
+    assert _assert_lists_are_gsplat_s(means2d, radii, depths, width, height, 1 << 19) > 100_000
